@@ -1,0 +1,237 @@
+"""
+All tests. CPU, no network, under three minutes on two cores.
+$ python -m pytest -q
+"""
+import math
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import drift
+from drift import drift_field, drift_loss
+
+HERE = Path(__file__).parent
+GOLDEN = np.load(HERE / "assets" / "golden_drift.npz")         # computed with the official JAX code
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(s, handler)
+
+
+def run(monkeypatch, script, *args):
+    """Runs a script in this process, as `python script args` would."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    return runpy.run_path(str(HERE / script), run_name="__main__")
+
+
+# drift.py
+
+def slow_field(x, y, n_neg, tau, w):
+    """Algorithm 2 for one group, with plain loops over lists of float64: V [N, C]; the first N rows of y are x."""
+    N, T, C = len(x), len(y), len(x[0])
+    logit = [[-math.dist(x[i], y[j]) / tau if i != j else -1e6 for j in range(T)] for i in range(N)]
+    row = [max(logit[i]) + math.log(sum(math.exp(v - max(logit[i])) for v in logit[i])) for i in range(N)]
+    columns = [[logit[i][j] for i in range(N)] for j in range(T)]
+    col = [max(c) + math.log(sum(math.exp(v - max(c)) for v in c)) for c in columns]
+    A = [[math.sqrt(math.exp(logit[i][j] - row[i]) * math.exp(logit[i][j] - col[j])) * w[j] for j in range(T)]
+         for i in range(N)]
+    V = []
+    for i in range(N):
+        neg, pos = sum(A[i][:n_neg]), sum(A[i][n_neg:])
+        V.append([sum(A[i][j] * neg * (y[j][c] - x[i][c]) for j in range(n_neg, T)) -
+                  sum(A[i][j] * pos * (y[j][c] - x[i][c]) for j in range(n_neg)) for c in range(C)])
+    return V
+
+
+def slow_loss(x, y_pos, y_unc, w_unc, w_pos, w_gen, taus):
+    """loss and its gradient, with plain loops, float64."""
+    G, N, C = x.shape
+    y = torch.cat([x, y_unc, y_pos], 1).tolist()
+    w = torch.cat([w_gen, w_unc, w_pos], 1).tolist()
+    n_neg, x = N + y_unc.shape[1], x.tolist()
+    d = [max(math.dist(x[g][i], y[g][j]), 1e-4) * w[g][j] for g in range(G) for i in range(N) for j in range(len(y[g]))]
+    scale = (sum(d) / len(d)) / (sum(map(sum, w)) / sum(map(len, w)))
+    s = scale / math.sqrt(C)
+    total = np.zeros((G, N, C))
+    for tau in taus:
+        V = np.array([slow_field(x[g], y[g], n_neg, tau * scale, w[g]) for g in range(G)]) / s
+        total += V / math.sqrt((V**2).mean())
+    return (total**2).mean(), -2 * total / s / total.size
+
+
+def problem(G=3, N=6, P=5, U=4, C=3, dtype=torch.float64):
+    x, y_pos, y_unc = torch.randn(G, N, C), torch.randn(G, P, C) + 1, 2 * torch.randn(G, U, C)
+    weights = torch.rand(G, U) * 3, torch.rand(G, P) + 0.5, torch.rand(G, N) + 0.5
+    return [t.to(dtype) for t in (x, y_pos, y_unc, *weights)]
+
+
+def loss_and_grad(x, *args, **kwargs):
+    x = x.clone().requires_grad_()
+    loss, stats = drift_loss(x, *args, **kwargs)
+    loss.backward()
+    return loss.detach(), x.grad, stats
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_loss_and_gradient_equal_plain_loops():
+    x, y_pos, y_unc, *weights = problem()
+    loss, grad, _ = loss_and_grad(x, y_pos, y_unc, *weights, taus=(0.1, 0.3))
+    slow, slow_grad = slow_loss(x, y_pos, y_unc, *weights, taus=(0.1, 0.3))
+    assert abs(loss.item() / slow - 1) < 1e-9
+    assert relative(grad, torch.from_numpy(slow_grad)) < 1e-9
+
+
+def test_field_equals_plain_loops():
+    x, y_pos, y_unc, w_unc, *_ = (t[0] for t in problem())
+    w = torch.cat([torch.ones(len(x)), w_unc]).double()
+    V = drift_field(x, y_pos, torch.cat([x, y_unc]), 0.7, w_neg=w, mask_self=True)
+    slow = slow_field(x.tolist(), torch.cat([x, y_unc, y_pos]).tolist(), len(w), 0.7, w.tolist() + [1.0] * len(y_pos))
+    assert relative(V, torch.tensor(slow, dtype=torch.float64)) < 1e-9
+
+
+@pytest.mark.parametrize("case", GOLDEN["names"])
+def test_official_numbers(case):
+    get = lambda key: torch.from_numpy(GOLDEN[f"{case}/{key}"]) if f"{case}/{key}" in GOLDEN else None
+    loss, grad, stats = loss_and_grad(get("gen"), get("fixed_pos"), get("fixed_neg"), get("weight_neg"),
+                                      get("weight_pos"), get("weight_gen"), get("R_list").tolist(), floor=1e-6)
+    off = abs(loss.item() / get("loss").mean().item() - 1), relative(grad, get("grad"))
+    print(f"\n{case:22s} relative error: loss {off[0]:.1e}, gradient {off[1]:.1e}", end="")         # shown by pytest -s
+    assert off[0] < 1e-4 and off[1] < 1e-3
+    assert abs(stats["scale"].item() / get("scale").item() - 1) < 1e-4
+    assert relative(stats["drift"], get("loss_R")) < 1e-4
+
+
+def test_antisymmetry():
+    x, p, q = torch.randn(2, 8, 3), torch.randn(2, 7, 3) + 1, torch.randn(2, 9, 3)
+    V = drift_field(x, p, q, 0.5)
+    assert V.norm() > 0.1
+    torch.testing.assert_close(V, -drift_field(x, q, p, 0.5))
+
+
+def test_no_drift_when_positives_are_the_negatives():
+    x, y = torch.randn(2, 8, 3), torch.randn(2, 7, 3)
+    assert drift_field(x, y, y, 0.5).abs().max() < 1e-6
+    assert drift_field(x, y + 0.1, y, 0.5).abs().max() > 1e-2
+
+
+def test_alpha_one_leaves_only_the_softmax_mass():
+    x, y_pos, y_unc, *_ = problem()
+    zero = torch.zeros(y_unc.shape[:2], dtype=x.dtype)
+    with_mass = loss_and_grad(x, y_pos, y_unc, zero)
+    without = loss_and_grad(x, y_pos)
+    assert with_mass[2]["scale"] == pytest.approx(without[2]["scale"].item())     # weight 0: not in the mean distance
+    slow, slow_grad = slow_loss(x, y_pos, y_unc, zero, *(torch.ones_like(t[..., 0]) for t in (y_pos, x)),
+                                taus=(0.02, 0.05, 0.2))
+    assert relative(with_mass[1], torch.from_numpy(slow_grad)) < 1e-6
+    assert relative(with_mass[1], without[1]) > 1e-3                              # the mass is there,
+    assert relative(loss_and_grad(x, y_pos, y_unc + 1e3, zero)[1], without[1]) < 1e-6   # and only that
+
+
+def test_guidance_reaches_the_gradient():
+    x, y_pos, y_unc, *_ = problem()
+    low, high = (loss_and_grad(x, y_pos, y_unc, torch.full(y_unc.shape[:2], w, dtype=x.dtype))[1] for w in (0.0, 3.0))
+    assert relative(high, low) > 0.05
+
+
+def test_scaling_and_shifting_the_features_changes_nothing():
+    x, y_pos, y_unc, w_unc, *_ = problem()
+    loss, grad, stats = loss_and_grad(x, y_pos, y_unc, w_unc)
+    moved = loss_and_grad(50 * x + 7, 50 * y_pos + 7, 50 * y_unc + 7, w_unc)
+    assert moved[0] == pytest.approx(loss.item(), rel=1e-3)             # exact but for the 1e-4 of self-distances
+    assert relative(moved[1] * 50, grad) < 1e-3
+    assert moved[2]["scale"] == pytest.approx(50 * stats["scale"].item(), rel=1e-3)
+
+
+def test_far_off_features_keep_their_digits():
+    x, y_pos = torch.randn(1, 16, 64), torch.randn(1, 16, 64)
+    assert relative(loss_and_grad(x + 1000, y_pos + 1000)[1], loss_and_grad(x, y_pos)[1]) < 1e-2
+
+
+def test_kernel_width_does_not_depend_on_the_number_of_channels():
+    x, y_pos = torch.randn(2, 16, 4), torch.randn(2, 16, 4)
+    pad = lambda t, C: torch.cat([t, t.new_zeros(*t.shape[:2], C - 4)], dim=-1)      # the same cloud in more channels
+    few, many = drift_loss(x, y_pos)[1], drift_loss(pad(x, 400), pad(y_pos, 400))[1]
+    torch.testing.assert_close(few, many)
+    for C in (4, 400):
+        stats = drift_loss(pad(x, C), pad(y_pos, C))[1]
+        A = drift.affinity(drift.distance(pad(x, C), pad(y_pos, C)), 0.2 * stats["scale"])
+        size = (A.sum(-1) ** 2 / A.square().sum(-1)).mean().item()        # effective sample size of the positives
+        assert 1.5 < size < 12                       # neither one-hot nor uniform, as it is with a factor sqrt(C) off
+        assert size == pytest.approx(few.setdefault("size", size), rel=1e-4)
+
+
+def test_collapsed_samples_are_pushed_apart_and_far_ones_pulled_in():
+    data_points = torch.randn(1, 64, 2)
+    collapsed = 0.01 * torch.randn(1, 64, 2)
+    step = -loss_and_grad(collapsed, data_points)[1]
+    assert ((step - step.mean(1, keepdim=True)) * (collapsed - collapsed.mean(1, keepdim=True))).sum() > 0
+    far = torch.randn(1, 64, 2) + 10
+    step = -loss_and_grad(far, data_points)[1]
+    assert (step.mean(1) < 0).all()
+
+
+def test_the_floor_pulls_everything_to_the_mean():
+    """Two far clusters, samples and data alike: without the floor no sample feels the other cluster."""
+    mode = torch.tensor([[-10.0, 0.0], [10.0, 0.0]]).repeat(32, 1)
+    x, y = mode + torch.randn(64, 2), mode + torch.randn(64, 2)
+    pull = lambda floor: (drift_field(x, y, x, 0.1, mask_self=True, floor=floor) * -mode.sign())[:, 0].mean().item()
+    assert abs(pull(0.0)) < 0.05 * abs(pull(1e-4))
+
+
+def test_sinkhorn_steps_make_the_affinity_doubly_stochastic():
+    dist = drift.distance(torch.randn(1, 8, 2), torch.randn(1, 8, 2))
+    off = [(drift.affinity(dist, 0.5, iters=i).sum(-1) - 1).abs().max().item() for i in (1, 5, 100)]
+    assert off[0] > off[1] > off[2] and off[2] < 1e-3
+    expected = ((-dist / 0.5).softmax(-1) * (-dist / 0.5).softmax(-2)).sqrt()
+    torch.testing.assert_close(drift.affinity(dist, 0.5), expected)
+
+
+def test_no_gradient_through_the_target():
+    x, y_pos, y_unc, *_ = problem()
+    y_pos.requires_grad_(), y_unc.requires_grad_()
+    loss, grad, stats = loss_and_grad(x, y_pos, y_unc)
+    assert y_pos.grad is None and y_unc.grad is None
+    s = stats["scale"] / x.shape[-1] ** 0.5
+    V = -grad * s * x.numel() / 2            # what the gradient says the drift was, if the target is a constant
+    assert V.square().mean().item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+def test_chunks_change_nothing():
+    args = problem(G=7)
+    whole = loss_and_grad(*args)
+    for chunk in (1, 3):
+        part = loss_and_grad(*args, chunk=chunk)
+        assert part[0] == pytest.approx(whole[0].item(), rel=1e-12) and relative(part[1], whole[1]) < 1e-12
+
+
+def test_autocast_does_not_reach_the_drift():
+    x, y_pos = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
+    plain = loss_and_grad(x, y_pos)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss_and_grad(x, y_pos)[1], plain[1])
+        assert drift_field(x.bfloat16(), y_pos, x, 0.5).dtype == torch.float32
+
+
+def test_a_group_of_one_sample_is_finite():
+    loss, grad, _ = loss_and_grad(torch.randn(2, 1, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_the_demo_draws(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "drift.py", "--steps", 20, "--out", tmp_path / "a.gif")
+    assert Image.open(tmp_path / "a.gif").n_frames > 10
+    assert "checkerboard" in capsys.readouterr().out
