@@ -15,9 +15,11 @@ from PIL import Image
 
 import drift
 from drift import drift_field, drift_loss
+from model import DiT, DiTConfig, rope_1d, rotate, sincos_2d
 
 HERE = Path(__file__).parent
 GOLDEN = np.load(HERE / "assets" / "golden_drift.npz")         # computed with the official JAX code
+GOLDEN_DIT = np.load(HERE / "assets" / "golden_generator.npz")
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +237,80 @@ def test_the_demo_draws(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "drift.py", "--steps", 20, "--out", tmp_path / "a.gif")
     assert Image.open(tmp_path / "a.gif").n_frames > 10
     assert "checkerboard" in capsys.readouterr().out
+
+
+# model.py
+
+def official_generator():
+    """The generator of the golden file, with the official weights under this project's names."""
+    renames = [("LightningDiT_0/", ""), ("Dense_0/", ""), ("kernel", "weight"), ("embedding", "weight"),
+               ("FinalLayer_0/RMSNorm_0", "final_norm"), ("FinalLayer_0/TorchLinear_0", "final_adaln"),
+               ("FinalLayer_0/TorchLinear_1", "final_proj"), ("TimestepEmbedder_0/TorchLinear_0", "alpha_embed/0"),
+               ("TimestepEmbedder_0/TorchLinear_1", "alpha_embed/2"), ("Attention_0/TorchLinear_0", "attn/qkv"),
+               ("Attention_0/TorchLinear_1", "attn/proj"), ("Attention_0", "attn"), ("Embed_0", "label_embed"),
+               ("SwiGLUFFN_0/TorchLinear_0", "mlp/w1"), ("SwiGLUFFN_0/TorchLinear_1", "mlp/w3"),
+               ("SwiGLUFFN_0/TorchLinear_2", "mlp/w2"), ("blocks_", "blocks/")]
+    inside = [("RMSNorm_0", "norm1"), ("RMSNorm_1", "norm2"), ("TorchLinear_0", "adaln")]          # of a block
+    outside = [("RMSNorm_0", "alpha_norm"), ("TorchLinear_0", "patch_embed"), ("TorchLinear_1", "cls_proj")]
+    state = {}
+    for key in GOLDEN_DIT.files:
+        if key.startswith("a/params/"):
+            name, value = key.removeprefix("a/params/"), torch.from_numpy(GOLDEN_DIT[key])
+            for old, new in renames + (inside if "blocks_" in key else outside):
+                name = name.replace(old, new)
+            state[name.replace("/", ".")] = value.T if key.endswith("kernel") else value
+    state["style_embed.weight"] = torch.cat([state.pop(f"noise_embeds_{i}.weight") for i in range(4)])
+    model = DiT(DiTConfig(input_size=16, patch_size=4, hidden_size=64, depth=3, num_heads=4, n_cls_tokens=4,
+                          num_classes=11, noise_classes=8, noise_coords=4))
+    model.load_state_dict(state)
+    return model
+
+
+def test_official_generator():
+    model = official_generator()
+    get = lambda key: torch.from_numpy(GOLDEN_DIT[key])
+    label, style, alpha = get("a/c").long(), get("a/noise_labels").long(), get("a/cfg_scale")
+    assert relative(model.condition(style, label, alpha), get("a/cond")) < 1e-5
+    images = model(get("a/x").permute(0, 3, 1, 2), style, label, alpha).permute(0, 2, 3, 1)
+    assert relative(images, get("a/samples")) < 1e-5
+    (images * get("a/cotangent")).sum().backward()
+    norms = dict(zip(GOLDEN_DIT["a/gradnorm_names"].tolist(), GOLDEN_DIT["a/gradnorms"].tolist()))
+    for name, parameter in [("Embed_0/embedding", model.label_embed.weight),
+                            ("LightningDiT_0/pos_embed", model.pos_embed),
+                            ("LightningDiT_0/blocks_1/Attention_0/q_norm/weight", model.blocks[1].attn.q_norm.weight)]:
+        assert parameter.grad.norm().item() == pytest.approx(norms[name], rel=1e-3)
+
+
+def test_official_positions():
+    get = lambda key: torch.from_numpy(GOLDEN_DIT[key])
+    assert (sincos_2d(64, 4)[0] - get("init_pos_embed_dim64_grid4")).abs().max() < 1e-6
+    cos, sin = rope_1d(16, 20)
+    for name in ("q", "k"):
+        turned = rotate(get(f"rope/{name}").transpose(1, 2), cos, sin).transpose(1, 2)
+        assert (turned - get(f"rope/{name}_out")).abs().max() < 1e-5
+
+
+def tiny():
+    model = DiT(DiTConfig.named("tiny", input_size=8, in_channels=1, patch_size=4, num_classes=10))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)        # adaLN-zero would hide a mistake: at first every image is zero
+    return model
+
+
+def test_image_depends_on_every_input_and_on_nothing_else():
+    model = tiny()
+    noise, style = model.draw(2, torch.Generator().manual_seed(0))
+    args = [noise, style, torch.tensor([1, 2]), torch.tensor([1.0, 2.0])]
+    image = model(*args)
+    assert torch.equal(image, model(*args))
+    for i, other in enumerate([noise + 1, (style + 1) % 64, torch.tensor([3, 4]), torch.tensor([3.0, 4.0])]):
+        assert not torch.allclose(image, model(*args[:i], other, *args[i + 1:]), atol=1e-5)
+
+
+def test_generate_is_the_same_in_any_batch():
+    model, label = tiny(), torch.arange(10)
+    generator = lambda: torch.Generator().manual_seed(5)
+    whole, g = model.generate(label, 1.5, generator()), generator()
+    parts = torch.cat([model.generate(part, 1.5, g) for part in label.split(3)])
+    torch.testing.assert_close(whole, parts)
+    assert whole.abs().max() <= 1 and whole.std() > 0.1
