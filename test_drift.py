@@ -2,10 +2,13 @@
 All tests. CPU, no network, under three minutes on two cores.
 $ python -m pytest -q
 """
+import gzip
 import math
+import pickle
 import runpy
 import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import drift
+import features
 from drift import drift_field, drift_loss
 from model import DiT, DiTConfig, rope_1d, rotate, sincos_2d
 
@@ -314,3 +319,115 @@ def test_generate_is_the_same_in_any_batch():
     parts = torch.cat([model.generate(part, 1.5, g) for part in label.split(3)])
     torch.testing.assert_close(whole, parts)
     assert whole.abs().max() <= 1 and whole.std() > 0.1
+
+
+# features.py, data.py
+
+def test_pixels():
+    images = torch.randn(2, 3, 8, 8)
+    feats = features.pixels(images, pools=[2, 4])
+    assert {k: tuple(v.shape) for k, v in feats.items()} == {
+        "global": (2, 1, 192), "global_mean_2": (2, 1, 48), "global_mean_4": (2, 1, 12)}
+    assert feats["global_mean_4"][1, 0, 5] == pytest.approx(images[1, 1, :4, 4:].mean().item(), abs=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    a, b = torch.randn(200000, 2).double(), torch.randn(200000, 2).double() * torch.tensor([2.0, 1.0]) + 3
+    assert features.frechet_distance(a, b) == pytest.approx(3**2 * 2 + (2 - 1) ** 2, rel=0.02)
+    assert abs(features.frechet_distance(a, a)) < 1e-6
+
+
+def test_digits():
+    images, labels, names = data.load("digits")
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and images.max() == 255
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180] and len(names) == 10
+    assert torch.equal(data.to_uint8(data.to_float(images)), images)
+    assert data.load("digits", size=16)[0].shape == (1797, 1, 16, 16)
+
+
+def test_sampler_draws_by_label_without_replacement():
+    labels = torch.tensor([0] * 5 + [1] * 50 + [2] * 9)[torch.randperm(64)]
+    images = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1)                 # every image says its index
+    sampler = data.Sampler(images, labels, "cpu")
+    wanted, g = torch.tensor([2, 0, 1, 0]), torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(50):
+        pos, unc = (data.to_uint8(t).flatten(1).long() for t in sampler.draw(wanted, 5, 20, g))
+        assert (labels[pos] == wanted[:, None]).all()
+        assert all(len(set(row)) == 5 for row in pos.tolist())
+        seen |= set(pos.flatten().tolist())
+    assert seen == set(range(64)) and set(labels[unc].flatten().tolist()) == {0, 1, 2}
+    state = g.get_state()
+    whole = sampler.draw(wanted, 5, 3, g)
+    for i in range(4):                                        # what a label gets does not depend on who else draws
+        g.set_state(state)
+        share = sampler.draw(wanted, 5, 3, g, slice(i, i + 1))
+        assert all(torch.equal(a, b[i:i + 1]) for a, b in zip(share, whole))
+
+
+def test_sampler_mirrors_half():
+    images = torch.tensor([[0, 255]], dtype=torch.uint8).view(1, 1, 1, 2).repeat(100, 1, 1, 1)
+    draw = lambda flip: data.Sampler(images, torch.zeros(100).long(), "cpu", flip).draw(
+        torch.tensor([0]), 100, 0, torch.Generator().manual_seed(0))[0][..., 0].mean().item()
+    assert draw(False) == -1 and abs(draw(True)) < 0.3
+
+
+def write_idx(folder, images, labels, packed):
+    folder.mkdir(parents=True)
+    for name, array in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
+        raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+        (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(raw) if packed else raw)
+
+
+def write_cifar(folder, n=20):
+    folder.mkdir(parents=True)
+    for i in range(1, 6):
+        batch = {b"data": np.full((n, 3072), i, np.uint8), b"labels": [k % 10 for k in range(n)]}
+        (folder / f"data_batch_{i}").write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {b"label_names": [b"class %d" % k for k in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+@pytest.mark.parametrize("name, folder, packed", [("mnist", "MNIST", False), ("fashion", "FashionMNIST", True)])
+def test_idx_files(tmp_path, name, folder, packed):
+    images, labels = np.random.randint(0, 256, (30, 28, 28), np.uint8), np.arange(30, dtype=np.uint8) % 10
+    write_idx(tmp_path / folder / "raw", images, labels, packed)
+    loaded, loaded_labels, names = data.load(name, tmp_path)
+    assert (loaded[:, 0].numpy() == images).all() and (loaded_labels.numpy() == labels).all() and len(names) == 10
+
+
+def test_cifar10_downloads_checks_and_unpacks(monkeypatch, tmp_path):
+    write_cifar(tmp_path / "source" / "cifar-10-batches-py")
+    archive = tmp_path / "cifar.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "source" / "cifar-10-batches-py", "cifar-10-batches-py")
+    md5 = data.hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "CIFAR10", (archive.as_uri(), "0" * 32))
+    with pytest.raises(ValueError, match="MD5"):
+        data.load("cifar10", tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())                         # nothing half done under any name
+    monkeypatch.setattr(data, "CIFAR10", (archive.as_uri(), md5))
+    images, labels, names = data.load("cifar10", tmp_path / "data")
+    assert images.shape == (100, 3, 32, 32) and images[99, 0, 0, 0] == 5 and labels[13] == 3 and names[3] == "class 3"
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def write_folder(root, n=9):
+    for name, color in (("cats", (255, 0, 0)), ("dogs", (0, 0, 255))):
+        (root / name / "more").mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (40 + i, 30), color).save(root / name / ("more" if i % 2 else ".") / f"{i}.png")
+        (root / name / "notes.txt").write_text("not an image")
+
+
+def test_folder(tmp_path):
+    write_folder(tmp_path / "pets")
+    images, labels, names = data.load(f"folder:{tmp_path}/pets", tmp_path / "cache", 16)
+    assert images.shape == (18, 3, 16, 16) and names == ["cats", "dogs"] and labels.tolist() == [0] * 9 + [1] * 9
+    assert images[0].flatten(1).float().mean(1).tolist() == [255, 0, 0]
+    cached, = (tmp_path / "cache").iterdir()
+    before = cached.stat().st_mtime_ns
+    data.load(f"folder:{tmp_path}/pets", tmp_path / "cache", 16)
+    assert cached.stat().st_mtime_ns == before                                               # read once
+    Image.new("RGB", (9, 9)).save(tmp_path / "pets" / "dogs" / "new.png")
+    assert len(data.load(f"folder:{tmp_path}/pets", tmp_path / "cache", 16)[0]) == 19          # a new file is seen
