@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-torch.set_flush_denormal(True)  # exp() of far pairs gives denormal floats, on which a CPU is several times slower
+torch.set_flush_denormal(True)  # exp() of far pairs gives denormal floats, on which some CPUs are several times slower
 
 
 @contextmanager

@@ -4,9 +4,11 @@ $ python -m pytest -q
 """
 import gzip
 import math
+import os
 import pickle
 import runpy
 import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -25,6 +27,7 @@ from model import DiT, DiTConfig, rope_1d, rotate, sincos_2d
 HERE = Path(__file__).parent
 GOLDEN = np.load(HERE / "assets" / "golden_drift.npz")         # computed with the official JAX code
 GOLDEN_DIT = np.load(HERE / "assets" / "golden_generator.npz")
+QUICK = ["--log_every", "1", "--n_eval", "20", "--device", "cpu", "--n_gen", "8", "--n_pos", "8", "--n_unc", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,15 @@ def run(monkeypatch, script, *args):
     """Runs a script in this process, as `python script args` would."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     return runpy.run_path(str(HERE / script), run_name="__main__")
+
+
+def fails(monkeypatch, capsys, *command):
+    """Runs a script that must end with exit status 2 and one line on stderr; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *command)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, (stop.value.code, lines)
+    return lines[0]
 
 
 # drift.py
@@ -412,6 +424,16 @@ def test_cifar10_downloads_checks_and_unpacks(monkeypatch, tmp_path):
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
+def test_malicious_pickle_is_refused(monkeypatch, capsys, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    write_cifar(tmp_path / "cifar-10-batches-py")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(Evil()))
+    assert "data_batch_3" in fails(monkeypatch, capsys, "train.py", "--dataset", "cifar10", "--data_dir", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def write_folder(root, n=9):
     for name, color in (("cats", (255, 0, 0)), ("dogs", (0, 0, 255))):
         (root / name / "more").mkdir(parents=True)
@@ -431,3 +453,176 @@ def test_folder(tmp_path):
     assert cached.stat().st_mtime_ns == before                                               # read once
     Image.new("RGB", (9, 9)).save(tmp_path / "pets" / "dogs" / "new.png")
     assert len(data.load(f"folder:{tmp_path}/pets", tmp_path / "cache", 16)[0]) == 19          # a new file is seen
+
+
+# train.py, sample.py
+
+def test_alpha_has_the_stated_density():
+    train = runpy.run_path(str(HERE / "train.py"))
+    for k in (1, 3):
+        args = train["parse"](["--alpha_k", str(k), "--alpha_one", "0.25"])[1]
+        alpha = train["draw_alpha"](40000, args, torch.Generator().manual_seed(0))
+        assert (alpha == 1).float().mean().item() == pytest.approx(0.25, abs=0.01)
+        grid = torch.linspace(1, 4, 100001, dtype=torch.float64)
+        density = grid**-k / (grid**-k).sum()
+        assert alpha[alpha != 1].mean().item() == pytest.approx((grid * density).sum().item(), rel=0.01)
+        assert alpha[alpha != 1].double().quantile(0.9).item() == pytest.approx(
+            grid[(density.cumsum(0) < 0.9).sum()].item(), rel=0.02)
+
+
+def test_guidance_weight_follows_the_label():
+    """In train.py's loss, only the groups whose alpha is above 1 are pushed from the unconditional images."""
+    train = runpy.run_path(str(HERE / "train.py"))
+    args = train["parse"](["--n_gen", "4", "--n_unc", "3"])[1]
+    x, pos, unc = torch.randn(8, 2, 5), torch.randn(6, 2, 5) + 1, torch.randn(6, 2, 5) - 1       # 2 labels, 2 locations
+    seen = []
+    train["features_loss"].__globals__["drift_loss"] = lambda x, y, u, w, **k: (
+        seen.append((x, y, u, w)), drift_loss(x, y, u, w, **k))[1]
+    train["features_loss"]({"f": x}, {"f": pos}, {"f": unc}, torch.tensor([1.0, 3.0]), args)
+    (gx, gy, gu, w), = seen
+    assert w.tolist() == [[0, 0, 0]] * 2 + [[2.0, 2.0, 2.0]] * 2                    # (alpha - 1) (N - 1) / U
+    assert torch.equal(gx[3], x[4:, 1]) and torch.equal(gy[2], pos[3:, 0]) and torch.equal(gu[1], unc[:3, 1])
+
+
+def test_a_few_steps_lower_the_frechet_distance(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "train.py", "--out", tmp_path / "a.pt", "--steps", 100, "--eval_every", 20, "--n_eval", 300,
+        "--ema", 0.9, "--device", "cpu")
+    out = capsys.readouterr().out
+    fd = [float(line.split("fd ")[1].split()[0]) for line in out.splitlines() if "at alpha 1" in line]
+    assert len(fd) == 5 and fd[-1] < 0.3 * fd[0], fd
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert {"model", "ema", "optimizer", "step", "rng", "args"} <= set(checkpoint) and checkpoint["step"] == 100
+    assert not any(k.startswith(("module.", "_orig_mod.")) for k in checkpoint["model"] | checkpoint["ema"])
+    assert Image.open(tmp_path / "samples.png").size[0] > 300
+
+
+def weights(path):
+    checkpoint = torch.load(path, weights_only=True)
+    return torch.cat([v.flatten() for part in ("model", "ema") for v in checkpoint[part].values()])
+
+
+def test_resume_equals_uninterrupted(monkeypatch, tmp_path):
+    plan = ["train.py", *QUICK, "--steps", 6, "--eval_every", 2]
+    run(monkeypatch, *plan, "--out", tmp_path / "whole.pt")
+    run(monkeypatch, *plan, "--out", tmp_path / "half.pt", "--stop_after", 3)
+    assert torch.load(tmp_path / "half.pt", weights_only=True)["step"] == 3
+    assert not torch.equal(weights(tmp_path / "half.pt"), weights(tmp_path / "whole.pt"))
+    run(monkeypatch, "train.py", "--resume", tmp_path / "half.pt")
+    assert torch.equal(weights(tmp_path / "half.pt"), weights(tmp_path / "whole.pt"))
+
+
+def test_two_ranks_share_a_step(monkeypatch, tmp_path):
+    plan = [*QUICK, "--steps", "4", "--warmup", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *plan,
+               "--labels", "5", "--out", str(tmp_path / "two.pt")]
+    job = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert job.returncode == 0, job.stderr
+    assert "2 x cpu, 6 x 8 samples" in job.stdout                             # 5 labels are rounded up to 6
+    run(monkeypatch, "train.py", *plan, "--labels", 6, "--out", tmp_path / "one.pt")
+    one, two = (torch.load(tmp_path / name, weights_only=True)["optimizer"]["state"] for name in ("one.pt", "two.pt"))
+    momenta = [torch.cat([s["exp_avg"].flatten() for s in state.values()]) for state in (one, two)]
+    # not equal, as each rank normalises over its own labels; without the exchange of gradients this is 0.92
+    assert torch.cosine_similarity(*momenta, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("sig, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_first(tmp_path, sig, status):
+    command = [sys.executable, "-u", "train.py", *QUICK, "--steps", "100000", "--out", str(tmp_path / "a.pt")]
+    job = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    for line in job.stdout:
+        if "left" in line:                                                                      # the first step is done
+            break
+    job.send_signal(sig)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == status and "--resume" in out
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(monkeypatch, tmp_path):
+    run(monkeypatch, "train.py", *QUICK, "--steps", 2, "--out", tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(SystemExit, match="not finite"):
+        run(monkeypatch, "train.py", "--resume", tmp_path / "a.pt", "--steps", 100, "--lr", 1e30)
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "a.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "train.py", *QUICK, "--steps", 60, "--ema", 0.5, "--out", path)
+    return path
+
+
+def test_sample(monkeypatch, tmp_path, checkpoint, capsys):
+    common = ["sample.py", "--ckpt", checkpoint, "--n", 25, "--cfg", 1.5, "--seed", 3]
+    run(monkeypatch, *common, "--out", tmp_path / "a.npz")
+    assert "images/s" in capsys.readouterr().out
+    run(monkeypatch, *common, "--out", tmp_path / "b.npz", "--batch", 7)
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert a["arr_0"].shape == (25, 8, 8, 1) and a["arr_0"].dtype == np.uint8
+    assert a["labels"].tolist() == [i % 10 for i in range(25)]
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1      # rounding: batches multiply in another order
+    assert a["arr_0"].std() > 10
+    run(monkeypatch, *common[:-1], 4, "--out", tmp_path / "c.npz")
+    assert np.abs(a["arr_0"].astype(int) - np.load(tmp_path / "c.npz")["arr_0"]).max() > 10        # another seed
+    run(monkeypatch, *common, "--classes", 3, 5, "--out", tmp_path / "files")
+    files = sorted(p.name for p in (tmp_path / "files").iterdir())
+    assert len(files) == 25 and files[:2] == ["000000_class3.png", "000001_class5.png"]
+    run(monkeypatch, *common, "--out", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (5 * 70, 5 * 70)
+    top = np.asarray(Image.open(tmp_path / "grid.png"))[7:63:7, 7:63:7]          # the first tile, enlarged seven times
+    assert (top == a["arr_0"][0, :, :, 0]).all()
+
+
+def test_sample_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
+    out = tmp_path / "keep.png"
+    out.write_text("precious")
+    bad = lambda *args: fails(monkeypatch, capsys, "sample.py", "--out", out, *args)
+    assert "no checkpoint" in bad("--ckpt", tmp_path / "none.pt")
+    whole = checkpoint.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    for name in ("cut.pt", "text.pt", "other.pt"):
+        assert name in bad("--ckpt", tmp_path / name)
+    assert "0 to 9" in bad("--ckpt", checkpoint, "--classes", 3, 10)
+    assert "at least 1" in bad("--ckpt", checkpoint, "--n", 0)
+    assert "--nonsense" in bad("--ckpt", checkpoint, "--nonsense", 1)
+    assert out.read_text() == "precious"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old.png").write_text("old")
+    assert "not empty" in fails(monkeypatch, capsys, "sample.py", "--ckpt", checkpoint, "--out", tmp_path / "full")
+
+
+def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
+    out = tmp_path / "keep.pt"
+    out.write_text("precious")
+    bad = lambda *args: fails(monkeypatch, capsys, "train.py", "--out", out, "--data_dir", tmp_path / "data", *args)
+    assert "unknown data set 'digit'" in bad("--dataset", "digit")
+    assert "--nonsense" in bad("--nonsense")
+    assert "patch" in bad("--patch", 3)
+    assert "is a folder" in fails(monkeypatch, capsys, "train.py", "--out", tmp_path)
+    assert "--pools" in bad("--pools", 3)
+    assert "at least" in bad("--steps", 0)
+    assert "at least" in bad("--n_gen", 1)
+    assert "lower --n_pos" in bad("--n_pos", 175)
+    assert "cannot resume" in bad("--resume", tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "cannot resume" in bad("--resume", tmp_path / "text.pt")
+    assert "--patch 2 differs from 4" in bad("--resume", checkpoint, "--patch", 2)
+    assert "no folder" in bad("--dataset", f"folder:{tmp_path}/none")
+    (tmp_path / "empty" / "cats").mkdir(parents=True)
+    assert "no images" in bad("--dataset", f"folder:{tmp_path}/empty")
+    write_folder(tmp_path / "pets")
+    assert "lower --n_pos" in bad("--dataset", f"folder:{tmp_path}/pets", "--n_pos", 10)
+    (tmp_path / "pets" / "cats" / "broken.png").write_bytes((tmp_path / "pets" / "cats" / "0.png").read_bytes()[:60])
+    assert "broken.png" in bad("--dataset", f"folder:{tmp_path}/pets")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(b"not the archive")
+    assert "MD5" in bad("--dataset", "cifar10")
+    write_idx(tmp_path / "data" / "MNIST" / "raw", np.zeros((5, 28, 28), np.uint8), np.zeros(5, np.uint8), False)
+    cut = tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    assert "train-images-idx3-ubyte" in bad("--dataset", "mnist")
+    assert out.read_text() == "precious"

@@ -1,0 +1,93 @@
+"""
+Draws images from a checkpoint of train.py: one forward pass each, by the generator alone.
+
+$ python sample.py --ckpt out.pt --n 64 --cfg 1.5 --seed 0                        # grid.png
+$ python sample.py --ckpt out.pt --n 100 --classes 3 5 --out threes_and_fives/    # PNG files
+$ python sample.py --ckpt out.pt --n 50000 --out samples.npz                      # arr_0 uint8 [n, H, W, C], labels
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from model import DiT, DiTConfig
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="checkpoint of train.py; its EMA weights are used")
+    p.add_argument("--n", type=int, default=64, help="number of images")
+    p.add_argument("--classes", type=int, nargs="+", help="class numbers, taken in turn; all of them if none are named")
+    p.add_argument("--cfg", type=float, default=1.0, help="guidance strength alpha; 1: the data's own distribution")
+    p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same for any --n and --batch")
+    p.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz")
+    p.add_argument("--batch", type=int, default=256, help="images in a forward pass")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args(argv)
+    if args.n < 1 or args.batch < 1:
+        p.error("--n and --batch must be at least 1")
+    if Path(args.out).suffix not in ("", ".png", ".npz") and not args.out.endswith("/"):
+        p.error(f"--out {args.out}: name a .png for a grid, a .npz, or a folder with / at its end")
+    return p, args
+
+
+def load(path, device):
+    """The generator of a checkpoint with its EMA weights, and the arguments that it was trained with."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        model = DiT(DiTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["ema"])
+        return model.eval(), checkpoint["args"]
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}: python train.py writes out.pt") from None
+    except Exception as error:  # what torch.load raises for a damaged file has no type in common
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+
+
+def main(argv=None):
+    p, args = parse(argv)
+    out, folder = Path(args.out), Path(args.out).suffix not in (".png", ".npz")
+    try:
+        model, trained = load(args.ckpt, args.device)
+        classes = args.classes or range(model.config.num_classes)
+        if not all(0 <= c < model.config.num_classes for c in classes):
+            raise ValueError(f"--classes are numbers from 0 to {model.config.num_classes - 1} for this checkpoint")
+        if folder and out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: old images would be counted among the new ones; name another folder")
+        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    if not 1 <= args.cfg <= trained["alpha_max"]:
+        print(f"note: trained for --cfg from 1 to {trained['alpha_max']}, not for {args.cfg}")
+
+    labels = torch.tensor(classes).repeat(-(-args.n // len(classes)))[:args.n]
+    generator = torch.Generator().manual_seed(args.seed)       # on the CPU: the same noise on any device
+    images, began, done = [], time.time(), 0
+    for part in labels.split(args.batch):
+        batch = data.to_uint8(model.generate(part.to(args.device), args.cfg, generator)).cpu()
+        if folder:
+            for i, image in enumerate(batch):
+                data.save_image(image, out / f"{done + i:06d}_class{part[i]}.png")
+        else:
+            images.append(batch)
+        done += len(batch)
+        if sys.stderr.isatty():
+            print(f"\r{done:,} of {args.n:,}", end="" if done < args.n else "\n", file=sys.stderr, flush=True)
+    seconds = time.time() - began
+    if out.suffix == ".png":
+        data.save_grid(torch.cat(images), out, columns=int(np.ceil(args.n**0.5)))
+    elif out.suffix == ".npz":
+        with open(f"{out}.tmp", "wb") as file:
+            np.savez(file, arr_0=torch.cat(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        os.replace(f"{out}.tmp", out)
+    print(f"{args.n:,} images in {seconds:.2f} s, {args.n / seconds:,.0f} images/s: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""
+Trains a one-step generator by drifting.
+
+Embedded digits, CPU or GPU, about a minute: writes out.pt and samples.png
+$ python train.py
+
+One GPU, a folder of images with one sub-folder per class, every flag overrides the data set's preset:
+$ python train.py --dataset folder:flowers --size 64 --model S --patch 4
+
+Eight GPUs of one machine; then go on after a stop:
+$ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
+$ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
+"""
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from einops import rearrange, repeat
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+
+import data
+import features
+from drift import drift_loss
+from model import SIZES, DiT, DiTConfig
+
+PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
+    "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
+    "mnist": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
+    "fashion": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
+    "cifar10": dict(size=32, model="tiny", patch=4, pools=[2, 4, 8], steps=5000, ema=0.999, flip=True),
+    "folder": dict(size=64, model="tiny", patch=8, pools=[2, 4, 8], steps=5000, ema=0.999, flip=True),
+}
+FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="digits", help="digits, mnist, fashion, cifar10 or folder:PATH")
+    p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
+    p.add_argument("--size", type=int, default=8, help="image size in pixels")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the images")
+    p.add_argument("--encoder", default="pixels", choices=["pixels"], help="the feature space of the drift")
+    p.add_argument("--pools", type=int, nargs="*", default=[], help="pixels: mean-pooled copies by these factors")
+    p.add_argument("--model", default="tiny", choices=SIZES, help="size of the generator")
+    p.add_argument("--patch", type=int, default=4, help="patch size in pixels")
+    p.add_argument("--steps", type=int, default=600, help="planned training steps; the schedule follows it")
+    p.add_argument("--lr", type=float, default=3e-3)
+    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    p.add_argument("--decay", type=float, default=0.4, help="last share of the steps, over which lr falls to zero")
+    p.add_argument("--wd", type=float, default=0.01, help="weight decay, of every parameter")
+    p.add_argument("--ema", type=float, default=0.99)
+    p.add_argument("--labels", type=int, default=10, help="labels of a step, over all ranks; may name a class twice")
+    p.add_argument("--n_gen", type=int, default=32, help="generated samples per label")
+    p.add_argument("--n_pos", type=int, default=32, help="real images per label")
+    p.add_argument("--n_unc", type=int, default=8, help="real images of any class per label, for guidance; 0: none")
+    p.add_argument("--taus", type=float, nargs="+", default=[0.02, 0.05, 0.2], help="kernel widths / mean distance")
+    p.add_argument("--iters", type=int, default=2, help="Sinkhorn steps of the affinity; 1 is Algorithm 2")
+    p.add_argument("--floor", type=float, default=0.0, help="1e-6 is the official code's floor of the affinity")
+    p.add_argument("--alpha_max", type=float, default=4.0, help="guidance is trained from 1 to this")
+    p.add_argument("--alpha_k", type=float, default=3.0, help="with density alpha^-k")
+    p.add_argument("--alpha_one", type=float, default=0.5, help="except for this share of labels, where it is 1")
+    p.add_argument("--log_every", type=int, default=100)
+    p.add_argument("--eval_every", type=int, default=1000, help="steps between samples.png, scores and checkpoints")
+    p.add_argument("--n_eval", type=int, default=1000, help="images that are generated for the scores")
+    p.add_argument("--out", default="out.pt", help="checkpoint; samples.png is written beside it")
+    p.add_argument("--resume", help="checkpoint to go on from, with its arguments")
+    p.add_argument("--stop_after", type=int, help="end at this step of the plan")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cuda, cpu, mps")
+    first, _ = p.parse_known_args(argv)
+    p.set_defaults(**PRESETS.get(first.dataset.split(":")[0], {}))
+    checkpoint = None
+    if first.resume:
+        try:
+            checkpoint = torch.load(first.resume, map_location="cpu", weights_only=True)
+            p.set_defaults(**checkpoint["args"] | {"out": first.resume})
+        except Exception as error:  # what torch.load raises for a damaged file has no type in common
+            p.error(f"cannot resume from {first.resume} ({type(error).__name__}): it is missing, damaged or of another "
+                    "program")
+    args = p.parse_args(argv)
+    if checkpoint:
+        for name in FIXED:
+            if getattr(args, name) != checkpoint["args"][name]:
+                p.error(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of {args.resume}")
+    for name, least in dict(size=1, patch=1, steps=1, warmup=0, labels=1, n_gen=2, n_pos=1, n_unc=0, iters=1,
+                            alpha_max=1, log_every=1, eval_every=1, n_eval=2).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name} must be at least {least}")
+    if min(args.taus) <= 0 or not 0 <= args.decay <= 1:
+        p.error("--taus must be above 0, --decay from 0 to 1")
+    return p, args, checkpoint
+
+
+def draw_alpha(n, args, generator):
+    """Guidance strengths [n]: 1 for a share of them, else on [1, alpha_max] with density proportional to alpha^-k."""
+    u = torch.rand(2, n, generator=generator, device=generator.device)
+    p = 1 - args.alpha_k
+    if p == 0:
+        alpha = args.alpha_max ** u[0]
+    else:
+        alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)                                  # inverse of the CDF
+    return torch.where(u[1] < args.alpha_one, torch.ones_like(alpha), alpha)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, constant, linear decay to zero over the last share of the planned steps; step from 0."""
+    decay = args.decay * args.steps
+    return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
+
+
+def features_loss(fx, fp, fu, alpha, args):
+    """Sum of drift losses over the feature names of dictionaries {name: [L * n, l, C]}, and their mean stats."""
+    L, losses, stats = len(alpha), [], []
+    for name in fx:
+        x, y_pos, y_unc = (rearrange(f[name], "(L n) l c -> (L l) n c", L=L) for f in (fx, fp, fu))
+        w_unc = ((alpha - 1) * (args.n_gen - 1) / max(1, args.n_unc)).repeat_interleave(len(x) // L)           # [L * l]
+        w_unc = w_unc[:, None].expand(y_unc.shape[:2])
+        loss, stat = drift_loss(x, y_pos, y_unc, w_unc, taus=args.taus, iters=args.iters, floor=args.floor)
+        losses.append(loss)
+        stats.append(torch.cat([stat["drift"], stat["scale"][None]]))
+    return sum(losses), torch.stack(stats).mean(0)
+
+
+def scores(images, labels, real, real_labels, encode):
+    """Compares float images [n, C, H, W] with real ones [m, C, H, W]: a dictionary of numbers.
+
+    fd: Frechet distance in the widest feature of at most 1,024 numbers; acc: share whose nearest real image has their
+    label; std: deviation of a pixel within a class; copies: share that is a real image, each pixel within 1/16.
+    """
+    feats, real_feats = encode(images), encode(real)
+    name = max(feats, key=lambda k: feats[k][0].numel() if feats[k][0].numel() <= 1024 else -feats[k][0].numel())
+    flat, real_flat = images.flatten(1), real.flatten(1)
+    near = torch.cat([torch.cdist(part, real_flat).argmin(1) for part in flat.split(256)])
+    return {"fd": features.frechet_distance(feats[name].flatten(1), real_feats[name].flatten(1)),
+            "acc": (real_labels[near] == labels).float().mean().item(),
+            "std": torch.stack([flat[labels == k].std(0, correction=0).mean() for k in labels.unique()]).mean().item(),
+            "copies": ((flat - real_flat[near]).abs().amax(1) < 1 / 16).float().mean().item()}
+
+
+def drift_text(stats, taus):
+    *drift, scale = stats.tolist()
+    return "drift " + " ".join(f"{t}:{d:.2e}" for t, d in zip(taus, drift)) + f"  scale {scale:.3f}"
+
+
+def score_text(score):
+    return "fd {fd:.3f}  nearest-neighbour accuracy {acc:.3f}  std {std:.3f}  copies {copies:.1%}".format(**score)
+
+
+def main(argv=None):
+    p, args, checkpoint = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    device = torch.device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
+    say = print if rank == 0 else lambda *a, **k: None
+    if args.labels % world:
+        args.labels += -args.labels % world
+        say(f"labels: {args.labels}, a multiple of {world} ranks")
+    mine = slice(rank * args.labels // world, (rank + 1) * args.labels // world)       # this rank's share of a step
+
+    try:  # what a user can get wrong is found here, before anything is written
+        if rank > 0:
+            dist.barrier()                                   # rank 0 alone downloads and builds caches
+        images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+        if rank == 0 and world > 1:
+            dist.barrier()
+        count = labels.bincount(minlength=len(names))
+        if count.min() < args.n_pos:
+            raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
+                             "of a class: lower --n_pos or add images")
+        encode = partial(features.pixels, pools=args.pools)
+        encode(torch.zeros(1, *images.shape[1:]))
+        config = DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1], patch_size=args.patch,
+                                 num_classes=len(names))
+        torch.manual_seed(args.seed)
+        model, ema = DiT(config).to(device), DiT(config).to(device).requires_grad_(False)
+        out = Path(args.out)
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: --out names the checkpoint file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+
+    sampler = data.Sampler(images, labels, device, args.flip)
+    ema.load_state_dict(model.state_dict())
+    params, averages = list(model.parameters()), list(ema.parameters())
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
+    # Every rank has the same streams, draws the whole step and uses its share: the images of a step do not depend on
+    # the number of ranks. One stream per purpose: changing one option does not reshuffle the others.
+    rng = {name: torch.Generator(device).manual_seed(args.seed + i * 10**6)
+           for i, name in enumerate(["data", "noise", "alpha"])}
+    start = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+        if checkpoint["rng"]["device"] == device.type:
+            for name in rng:
+                rng[name].set_state(checkpoint["rng"][name])
+        else:
+            say(f"note: the run was on {checkpoint['rng']['device']}; on {device.type} the random streams start anew")
+
+    def save(step):
+        if rank == 0:
+            temporary = f"{out}.tmp"
+            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": step, "rng": {k: g.get_state() for k, g in rng.items()} | {"device": device.type},
+                        "args": stored, "config": asdict(config)}, temporary)
+            os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
+
+    stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after")}
+    say("  ".join(f"{k}={v}" for k, v in stored.items()))
+    say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
+        f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
+
+    n_ref = min(10000, 2**28 // images[0].numel())                       # real images to compare with, at most 1 GB
+    ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
+    real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
+    half = min(args.n_eval, len(ref) // 2)
+    floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], encode))
+    if count.min() >= args.n_gen + args.n_pos:  # real images in the place of samples: what the raw drift can fall to
+        label = torch.arange(args.labels, device=device) % len(names)
+        both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
+        x, pos = both.split([args.n_gen, args.n_pos], dim=1)
+        fx, fp, fu = (encode(images.flatten(0, 1)) for images in (x, pos, unc))
+        say("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), args)[1], args.taus))
+
+    def evaluate(step):
+        wanted = torch.arange(args.n_eval, device=device) % len(names)
+        generator = torch.Generator().manual_seed(args.seed)                       # the same noise every time
+        fake = torch.cat([ema.generate(part, 1.0, generator) for part in wanted.split(250)])
+        fake = data.to_uint8(fake)                                                       # judged as a user gets them
+        data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
+        score = score_text(scores(data.to_float(fake), wanted, real, real_labels, encode))
+        print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
+        print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
+
+    stopped, stop = [], torch.tensor([0])
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, frame: stopped.append(number))
+    end = max(start, min(args.steps, args.stop_after or args.steps))
+    began, total, mark = time.time(), 0, (start, time.time())
+    for step in range(start, end):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        rounds = -(-args.labels // len(names))                   # no class comes twice before every class came once
+        label = torch.cat([torch.randperm(len(names), generator=rng["data"], device=device) for _ in range(rounds)])
+        label = label[:args.labels]                                                                               # [L]
+        alpha = draw_alpha(args.labels, args, rng["alpha"]) if args.n_unc else torch.ones(args.labels, device=device)
+        pos, unc = sampler.draw(label, args.n_pos, args.n_unc, rng["data"], mine)   # [l, P, C, H, W], [l, U, C, H, W]
+        noise, style = model.draw(args.labels * args.n_gen, rng["noise"])                                      # [L * N]
+        rows = slice(mine.start * args.n_gen, mine.stop * args.n_gen)
+        noise, style, label, alpha = noise[rows], style[rows], label[mine], alpha[mine]
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x = model(noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen))
+            fx = encode(x.float())
+            with torch.no_grad():
+                fp, fu = encode(pos.flatten(0, 1)), encode(unc.flatten(0, 1))
+        # The loss is about the same number in every step, because each field is normalised by its own size. Whether
+        # training works shows in the raw drift, which comes near that of real images, and in the scores.
+        loss, stats = features_loss(fx, fp, fu, alpha, args)
+        total = total + stats
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:  # equal shares of the groups: the mean of the ranks' gradients is that of the whole step
+            grads = [q.grad for q in params]
+            flat = parameters_to_vector(grads)
+            dist.all_reduce(flat)
+            vector_to_parameters(flat / world, grads)
+        norm = clip_grad_norm_(params, 2.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, params, 1 - args.ema)                # no bias correction, as the authors
+
+        done = step + 1
+        stop = torch.tensor(stopped[:1] or [0])
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)                   # on the CPU; all ranks leave at the same step
+        final = done == end or stop.item() > 0
+        log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
+        if not (log or full or final):
+            continue
+        if not math.isfinite(loss.item() + norm.item()):
+            sys.exit(f"step {done}: the loss is not finite. {out} keeps the last good step; lower --lr")
+        if log:
+            mean = total / (done - mark[0])
+            if world > 1:
+                dist.all_reduce(mean)
+                mean /= world
+            speed = (done - mark[0]) / (time.time() - mark[1])                                       # steps per second
+            left = timedelta(seconds=int((end - done) / speed))
+            total, mark = 0, (done, time.time())
+            say(f"{done:6d}  {drift_text(mean, args.taus)}  grad {norm.item():.2f}  "
+                f"{speed * args.labels * args.n_gen:,.0f} images/s  {left} left", flush=True)
+        if full or final:
+            save(done)
+            if rank == 0 and not stop.item():
+                evaluate(done)
+                total, mark = 0, (done, time.time())
+        if stop.item():
+            say(f"stopped after step {done}; go on with --resume {out}")
+            break
+    else:
+        say(f"{end - start} steps in {time.time() - began:.0f} s: {out}, {out.with_name('samples.png')}")
+    if world > 1:
+        dist.barrier()                                            # rank 0 may still be judging samples; leave together
+        dist.destroy_process_group()
+    if stop.item() == signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
