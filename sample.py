@@ -34,6 +34,10 @@ def parse(argv=None):
         p.error("--n and --batch must be at least 1")
     if Path(args.out).suffix not in ("", ".png", ".npz") and not args.out.endswith("/"):
         p.error(f"--out {args.out}: name a .png for a grid, a .npz, or a folder with / at its end")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        p.error(f"--device {args.device} is not to be had here")
     return p, args
 
 

@@ -589,6 +589,7 @@ def test_sample_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
     assert "0 to 9" in bad("--ckpt", checkpoint, "--classes", 3, 10)
     assert "at least 1" in bad("--ckpt", checkpoint, "--n", 0)
     assert "--nonsense" in bad("--ckpt", checkpoint, "--nonsense", 1)
+    assert "--device none" in bad("--ckpt", checkpoint, "--device", "none")
     assert out.read_text() == "precious"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "old.png").write_text("old")
@@ -601,6 +602,7 @@ def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
     bad = lambda *args: fails(monkeypatch, capsys, "train.py", "--out", out, "--data_dir", tmp_path / "data", *args)
     assert "unknown data set 'digit'" in bad("--dataset", "digit")
     assert "--nonsense" in bad("--nonsense")
+    assert "--device none" in bad("--device", "none")
     assert "patch" in bad("--patch", 3)
     assert "is a folder" in fails(monkeypatch, capsys, "train.py", "--out", tmp_path)
     assert "--pools" in bad("--pools", 3)

@@ -76,7 +76,7 @@ def parse(argv=None):
     p.add_argument("--resume", help="checkpoint to go on from, with its arguments")
     p.add_argument("--stop_after", type=int, help="end at this step of the plan")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="cuda, cpu, mps")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**PRESETS.get(first.dataset.split(":")[0], {}))
     checkpoint = None
@@ -98,6 +98,10 @@ def parse(argv=None):
             p.error(f"--{name} must be at least {least}")
     if min(args.taus) <= 0 or not 0 <= args.decay <= 1:
         p.error("--taus must be above 0, --decay from 0 to 1")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        p.error(f"--device {args.device} is not to be had here")
     return p, args, checkpoint
 
 
@@ -159,11 +163,10 @@ def score_text(score):
 def main(argv=None):
     p, args, checkpoint = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    device = torch.device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
@@ -224,7 +227,7 @@ def main(argv=None):
                         "args": stored, "config": asdict(config)}, temporary)
             os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
 
-    stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after")}
+    stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
     say("  ".join(f"{k}={v}" for k, v in stored.items()))
     say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
         f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
