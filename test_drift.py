@@ -511,6 +511,20 @@ def test_resume_equals_uninterrupted(monkeypatch, tmp_path):
     assert torch.equal(weights(tmp_path / "half.pt"), weights(tmp_path / "whole.pt"))
 
 
+def test_ema_is_the_average_and_what_is_sampled(monkeypatch, tmp_path):
+    run(monkeypatch, "train.py", *QUICK, "--steps", 1, "--warmup", 0, "--ema", 0.9, "--out", tmp_path / "a.pt")
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.manual_seed(0)
+    start = DiT(DiTConfig(**checkpoint["config"])).state_dict()
+    for name, end in checkpoint["model"].items():
+        torch.testing.assert_close(checkpoint["ema"][name], start[name].lerp(end, 0.1))
+    draw = ["sample.py", "--ckpt", tmp_path / "a.pt", "--n", 4, "--out"]
+    run(monkeypatch, *draw, tmp_path / "a.npz")
+    torch.save(checkpoint | {"model": {name: end + 1 for name, end in checkpoint["model"].items()}}, tmp_path / "a.pt")
+    run(monkeypatch, *draw, tmp_path / "b.npz")
+    assert (np.load(tmp_path / "a.npz")["arr_0"] == np.load(tmp_path / "b.npz")["arr_0"]).all()
+
+
 def test_two_ranks_share_a_step(monkeypatch, tmp_path):
     plan = [*QUICK, "--steps", "4", "--warmup", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *plan,
