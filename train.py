@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # now: imported later, its default arguments would hold the process group past its end
-from einops import rearrange, repeat
+from einops import rearrange
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import data
