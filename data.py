@@ -191,9 +191,10 @@ def _cifar10(data_dir):
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if not folder.exists():
         url, md5 = CIFAR10
-        if not archive.exists():
+        if archive.exists():
+            _check(archive, md5, archive)
+        else:
             _download(url, md5, archive)
-        _check(archive, md5, archive)
         with tempfile.TemporaryDirectory(dir=data_dir) as tmp, tarfile.open(archive) as tar:
             tar.extractall(tmp, filter="data")
             os.replace(Path(tmp) / folder.name, folder)
@@ -219,13 +220,13 @@ def _folder(root, data_dir, size):
     classes = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     files = [(k, f) for k, d in enumerate(classes) for f in sorted(d.rglob("*"))
              if f.suffix.lower() in known and not f.name.startswith(".")]
-    empty = [d.name for k, d in enumerate(classes) if k not in {k for k, _ in files}]
     if not files:
         raise ValueError(f"{root} has no images: it needs one sub-folder per class with the images in it")
-    if empty:
-        raise ValueError(f"{root / empty[0]} has no images: remove it or fill it")
     labels = np.array([k for k, _ in files])
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, f in files]
+    count = np.bincount(labels, minlength=len(classes))
+    if not count.all():
+        raise ValueError(f"{classes[count.argmin()]} has no images: remove it or fill it")
+    stats = [(str(f), stat.st_size, stat.st_mtime_ns) for _, f in files for stat in [f.stat()]]
     cache = data_dir / f"{root.resolve().name}-{size}-{hashlib.md5(repr(stats).encode()).hexdigest()[:12]}.npy"
     if not cache.exists():
         print(f"reading {len(files):,} images of {root} into {cache}")
