@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -192,7 +193,8 @@ def main(argv=None):
         config = DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1], patch_size=args.patch,
                                  num_classes=len(names))
         torch.manual_seed(args.seed)
-        model, ema = DiT(config).to(device), DiT(config).to(device).requires_grad_(False)
+        model = DiT(config).to(device)
+        ema = deepcopy(model).requires_grad_(False)
         out = Path(args.out)
         if out.is_dir():
             raise ValueError(f"{out} is a folder: --out names the checkpoint file")
@@ -201,7 +203,6 @@ def main(argv=None):
         p.error(str(error))
 
     sampler = data.Sampler(images, labels, device, args.flip)
-    ema.load_state_dict(model.state_dict())
     params, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
     # Every rank has the same streams, draws the whole step and uses its share: the images of a step do not depend on
@@ -233,17 +234,18 @@ def main(argv=None):
     say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
         f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
 
-    n_ref = min(10000, 2**28 // images[0].numel())                       # real images to compare with, at most 1 GB
-    ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
-    real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
-    half = min(args.n_eval, len(ref) // 2)
-    floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], encode))
-    if count.min() >= args.n_gen + args.n_pos:  # real images in the place of samples: what the raw drift can fall to
+    if rank == 0:
+        n_ref = min(10000, 2**28 // images[0].numel())                   # real images to compare with, at most 1 GB
+        ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
+        real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
+        half = min(args.n_eval, len(ref) // 2)
+        floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], encode))
+    if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
         label = torch.arange(args.labels, device=device) % len(names)
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
         x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-        fx, fp, fu = (encode(images.flatten(0, 1)) for images in (x, pos, unc))
-        say("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), args)[1], args.taus))
+        fx, fp, fu = (encode(part.flatten(0, 1)) for part in (x, pos, unc))
+        print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), args)[1], args.taus))
 
     def evaluate(step):
         wanted = torch.arange(args.n_eval, device=device) % len(names)
