@@ -2,8 +2,8 @@
 Data sets as uint8 arrays [N, C, H, W], and the sampler that draws the real images of a training step.
 
     digits        1,797 handwritten digits of 8x8 pixels, in assets/, no network
-    mnist         60,000 digits of 28x28         DIR/MNIST/raw/train-*-ubyte[.gz], else downloaded
-    fashion       60,000 garments of 28x28       DIR/FashionMNIST/raw/train-*-ubyte[.gz], else downloaded
+    mnist         60,000 digits of 28x28         DIR/MNIST/raw/*-ubyte[.gz], else downloaded
+    fashion       60,000 garments of 28x28       DIR/FashionMNIST/raw/*-ubyte[.gz], else downloaded
     cifar10       50,000 photographs of 32x32    DIR/cifar-10-batches-py/, else downloaded
     folder:PATH   one sub-folder per class, any images that pillow opens
 """
@@ -30,27 +30,34 @@ CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108
 IDX = {  # name: (folder, where to get it, {file: MD5 of its .gz}, class names)
     "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/",
               {"train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-               "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432"}, [str(i) for i in range(10)]),
+               "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+               "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+               "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c"}, [str(i) for i in range(10)]),
     "fashion": ("FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                 {"train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                 "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe"},
+                 "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+                 "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+                 "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310"},
                 ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]),
 }
 
 
-def load(name, data_dir="data", size=None):
+def load(name, data_dir="data", size=None, split="train"):
     """-> images uint8 [N, C, size, size], labels int64 [N], class names. size None: the set's own (folder: 64).
 
-    Training splits only. Raises ValueError or OSError, with a line that says what to do, for anything wrong on disk.
+    split: train, or test of mnist, fashion and cifar10; the other sets have none. Raises ValueError or OSError, with a
+    line that says what to do, for anything wrong on disk.
     """
+    if split == "test" and name != "cifar10" and name not in IDX:
+        raise ValueError(f"{name} has no test split")
     if name == "digits":
         with np.load(DIGITS) as f:
             images, labels = np.round(f["images"][:, None] * (255 / 16)).astype(np.uint8), f["labels"]
         names = [str(i) for i in range(10)]
     elif name in IDX:
-        images, labels, names = _idx(name, Path(data_dir))
+        images, labels, names = _idx(name, Path(data_dir), split)
     elif name == "cifar10":
-        images, labels, names = _cifar10(Path(data_dir))
+        images, labels, names = _cifar10(Path(data_dir), split)
     elif name.startswith("folder:"):
         images, labels, names = _folder(Path(name.removeprefix("folder:")), Path(data_dir), size or 64)
     else:
@@ -70,6 +77,7 @@ class Sampler:
 
     def __init__(self, images, labels, device, flip=False, max_bytes=8 * 2**30):
         self.images = images.to(device) if images.nbytes <= max_bytes else images
+        self.labels = labels.to(device)
         self.order = labels.argsort(stable=True).to(device)                     # the images of class 0, of class 1, ...
         self.count = labels.bincount().to(device)                                                                # [K]
         self.start = self.count.cumsum(0) - self.count                                           # where a class begins
@@ -90,11 +98,18 @@ class Sampler:
         unc = torch.randint(len(self.images), (L, n_unc), **rand)                                              # [L, U]
         index = torch.cat([pos, unc], dim=1)
         mirror = torch.rand(index.shape, **rand) < 0.5
-        index, mirror = index[mine], mirror[mine]
-        images = to_float(self.images[index.to(self.images.device)].to(self.device))                # [L, P+U, C, H, W]
-        if self.flip:
-            images = torch.where(mirror[:, :, None, None, None], images.flip(-1), images)
+        images = self._fetch(index[mine], mirror[mine])                                             # [L, P+U, C, H, W]
         return images[:, :n_pos], images[:, n_pos:]
+
+    def batch(self, n, generator, mine=slice(None)):
+        """Any n images [n, C, H, W] in [-1, 1] and their labels [n]; with mine, that share of them."""
+        index = torch.randint(len(self.images), (n,), generator=generator, device=self.device)
+        mirror = torch.rand(n, generator=generator, device=self.device) < 0.5
+        return self._fetch(index[mine], mirror[mine]), self.labels[index[mine]]
+
+    def _fetch(self, index, mirror):
+        images = to_float(self.images[index.to(self.images.device)].to(self.device))
+        return torch.where(mirror[..., None, None, None], images.flip(-1), images) if self.flip else images
 
 
 def to_float(images):
@@ -153,10 +168,11 @@ def _check(path, md5, source):
         raise ValueError(f"{source} has MD5 {found}, not {md5}: it is damaged or not the official file; delete it")
 
 
-def _idx(name, data_dir):
+def _idx(name, data_dir, split):
     folder, url, files, names = IDX[name]
     arrays = []
-    for file, md5 in files.items():
+    for file in [f for f in files if f.startswith("train" if split == "train" else "t10k")]:
+        md5 = files[file]
         plain = data_dir / folder / "raw" / file
         packed = plain.with_name(file + ".gz")
         if not plain.exists() and not packed.exists():
@@ -187,7 +203,7 @@ class _CifarUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
 
 
-def _cifar10(data_dir):
+def _cifar10(data_dir, split):
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if not folder.exists():
         url, md5 = CIFAR10
@@ -199,7 +215,7 @@ def _cifar10(data_dir):
             tar.extractall(tmp, filter="data")
             os.replace(Path(tmp) / folder.name, folder)
     images, labels = [], []
-    for file in [f"data_batch_{i}" for i in range(1, 6)] + ["batches.meta"]:
+    for file in ([f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]) + ["batches.meta"]:
         try:
             with open(folder / file, "rb") as f:
                 batch = _CifarUnpickler(f, encoding="bytes").load()

@@ -379,23 +379,32 @@ def test_sampler_draws_by_label_without_replacement():
 
 def test_sampler_mirrors_half():
     images = torch.tensor([[0, 255]], dtype=torch.uint8).view(1, 1, 1, 2).repeat(100, 1, 1, 1)
-    draw = lambda flip: data.Sampler(images, torch.zeros(100).long(), "cpu", flip).draw(
-        torch.tensor([0]), 100, 0, torch.Generator().manual_seed(0))[0][..., 0].mean().item()
-    assert draw(False) == -1 and abs(draw(True)) < 0.3
+    for flip in (False, True):
+        sampler, g = data.Sampler(images, torch.zeros(100).long(), "cpu", flip), torch.Generator().manual_seed(0)
+        for drawn in (sampler.draw(torch.tensor([0]), 100, 0, g)[0], sampler.batch(100, g)[0]):
+            assert abs(drawn[..., 0].mean()) < 0.3 if flip else (drawn[..., 0] == -1).all()
 
 
-def write_idx(folder, images, labels, packed):
-    folder.mkdir(parents=True)
-    for name, array in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
+def test_sampler_batch_has_its_labels():
+    images = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1)                 # every image says its index
+    labels = torch.randint(5, (64,))
+    drawn, drawn_labels = data.Sampler(images, labels, "cpu").batch(300, torch.Generator().manual_seed(0))
+    index = data.to_uint8(drawn).flatten().long()
+    assert torch.equal(labels[index], drawn_labels) and len(index.unique()) > 50
+
+
+def write_idx(folder, images, labels, packed, split="train"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in ((f"{split}-images-idx3-ubyte", images), (f"{split}-labels-idx1-ubyte", labels)):
         raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
         (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(raw) if packed else raw)
 
 
 def write_cifar(folder, n=20):
     folder.mkdir(parents=True)
-    for i in range(1, 6):
+    for i, name in enumerate(["test_batch"] + [f"data_batch_{i}" for i in range(1, 6)]):
         batch = {b"data": np.full((n, 3072), i, np.uint8), b"labels": [k % 10 for k in range(n)]}
-        (folder / f"data_batch_{i}").write_bytes(pickle.dumps(batch, protocol=2))
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     meta = {b"label_names": [b"class %d" % k for k in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
 
@@ -406,6 +415,8 @@ def test_idx_files(tmp_path, name, folder, packed):
     write_idx(tmp_path / folder / "raw", images, labels, packed)
     loaded, loaded_labels, names = data.load(name, tmp_path)
     assert (loaded[:, 0].numpy() == images).all() and (loaded_labels.numpy() == labels).all() and len(names) == 10
+    write_idx(tmp_path / folder / "raw", 255 - images, labels, packed, "t10k")
+    assert (data.load(name, tmp_path, split="test")[0][:, 0].numpy() == 255 - images).all()
 
 
 def test_cifar10_downloads_checks_and_unpacks(monkeypatch, tmp_path):
@@ -421,6 +432,9 @@ def test_cifar10_downloads_checks_and_unpacks(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CIFAR10", (archive.as_uri(), md5))
     images, labels, names = data.load("cifar10", tmp_path / "data")
     assert images.shape == (100, 3, 32, 32) and images[99, 0, 0, 0] == 5 and labels[13] == 3 and names[3] == "class 3"
+    assert data.load("cifar10", tmp_path / "data", split="test")[0].unique().tolist() == [0]
+    with pytest.raises(ValueError, match="no test split"):
+        data.load("digits", split="test")
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
