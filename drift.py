@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 torch.set_flush_denormal(True)  # exp() of far pairs gives denormal floats, on which some CPUs are several times slower
 
@@ -131,6 +132,24 @@ def drift_loss(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=(0
         target = y[:, :N] / s + V
     loss = F.mse_loss((x - centre) / s, target)
     return loss, {"scale": scale, "drift": drift}
+
+
+def features_loss(fx, fp, fu, alpha, **kwargs):
+    """The loss of a step: the drift losses of all features, added (A.6). Nothing weighs them: each has its own scale.
+
+    fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]} unconditional, for
+    L labels and the feature's l locations; alpha [L], their guidance strengths; kwargs: taus, iters, floor.
+    -> loss, and the mean over names of [drift of each tau, scale], [len(taus) + 1].
+    """
+    L, losses, stats = len(alpha), [], []
+    for name in fx:
+        x, y_pos, y_unc = (rearrange(f[name], "(L n) l c -> (L l) n c", L=L) for f in (fx, fp, fu))
+        w_unc = (alpha - 1) * (x.shape[1] - 1) / max(1, y_unc.shape[1])                                            # [L]
+        w_unc = w_unc.repeat_interleave(len(x) // L)[:, None].expand(y_unc.shape[:2])                       # [L * l, U]
+        loss, stat = drift_loss(x, y_pos, y_unc, w_unc, **kwargs)
+        losses.append(loss)
+        stats.append(torch.cat([stat["drift"], stat["scale"][None]]))
+    return sum(losses), torch.stack(stats).mean(0)
 
 
 def swiss_roll(n, generator):

@@ -245,6 +245,18 @@ def test_autocast_does_not_reach_the_drift():
         assert drift_field(x.bfloat16(), y_pos, x, 0.5).dtype == torch.float32
 
 
+def test_guidance_weight_follows_the_label(monkeypatch):
+    """In the loss of a step, only the groups whose alpha is above 1 are pushed from the unconditional images."""
+    x, pos, unc = torch.randn(8, 2, 5), torch.randn(6, 2, 5) + 1, torch.randn(6, 2, 5) - 1       # 2 labels, 2 locations
+    seen = []
+    monkeypatch.setattr(drift, "drift_loss", lambda x, y, u, w, **k: (
+        seen.append((x, y, u, w)), drift_loss(x, y, u, w, **k))[1])
+    drift.features_loss({"f": x}, {"f": pos}, {"f": unc}, torch.tensor([1.0, 3.0]))
+    (gx, gy, gu, w), = seen
+    assert w.tolist() == [[0, 0, 0]] * 2 + [[2.0, 2.0, 2.0]] * 2                    # (alpha - 1) (N - 1) / U
+    assert torch.equal(gx[3], x[4:, 1]) and torch.equal(gy[2], pos[3:, 0]) and torch.equal(gu[1], unc[:3, 1])
+
+
 def test_a_group_of_one_sample_is_finite():
     loss, grad, _ = loss_and_grad(torch.randn(2, 1, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4))
     assert loss.isfinite() and grad.isfinite().all()
@@ -482,20 +494,6 @@ def test_alpha_has_the_stated_density():
         assert alpha[alpha != 1].mean().item() == pytest.approx((grid * density).sum().item(), rel=0.01)
         assert alpha[alpha != 1].double().quantile(0.9).item() == pytest.approx(
             grid[(density.cumsum(0) < 0.9).sum()].item(), rel=0.02)
-
-
-def test_guidance_weight_follows_the_label():
-    """In train.py's loss, only the groups whose alpha is above 1 are pushed from the unconditional images."""
-    train = runpy.run_path(str(HERE / "train.py"))
-    args = train["parse"](["--n_gen", "4", "--n_unc", "3"])[1]
-    x, pos, unc = torch.randn(8, 2, 5), torch.randn(6, 2, 5) + 1, torch.randn(6, 2, 5) - 1       # 2 labels, 2 locations
-    seen = []
-    train["features_loss"].__globals__["drift_loss"] = lambda x, y, u, w, **k: (
-        seen.append((x, y, u, w)), drift_loss(x, y, u, w, **k))[1]
-    train["features_loss"]({"f": x}, {"f": pos}, {"f": unc}, torch.tensor([1.0, 3.0]), args)
-    (gx, gy, gu, w), = seen
-    assert w.tolist() == [[0, 0, 0]] * 2 + [[2.0, 2.0, 2.0]] * 2                    # (alpha - 1) (N - 1) / U
-    assert torch.equal(gx[3], x[4:, 1]) and torch.equal(gy[2], pos[3:, 0]) and torch.equal(gu[1], unc[:3, 1])
 
 
 def test_a_few_steps_lower_the_frechet_distance(monkeypatch, tmp_path, capsys):

@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # now: imported later, its default arguments would hold the process group past its end
-from einops import rearrange
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import data
 import features
-from drift import drift_loss
+from drift import features_loss
 from model import SIZES, DiT, DiTConfig
 
 PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
@@ -122,19 +121,6 @@ def learning_rate(step, args):
     """Linear warm-up, constant, linear decay to zero over the last share of the planned steps; step from 0."""
     decay = args.decay * args.steps
     return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
-
-
-def features_loss(fx, fp, fu, alpha, args):
-    """Sum of drift losses over the feature names of dictionaries {name: [L * n, l, C]}, and their mean stats."""
-    L, losses, stats = len(alpha), [], []
-    for name in fx:
-        x, y_pos, y_unc = (rearrange(f[name], "(L n) l c -> (L l) n c", L=L) for f in (fx, fp, fu))
-        w_unc = ((alpha - 1) * (args.n_gen - 1) / max(1, args.n_unc)).repeat_interleave(len(x) // L)           # [L * l]
-        w_unc = w_unc[:, None].expand(y_unc.shape[:2])
-        loss, stat = drift_loss(x, y_pos, y_unc, w_unc, taus=args.taus, iters=args.iters, floor=args.floor)
-        losses.append(loss)
-        stats.append(torch.cat([stat["drift"], stat["scale"][None]]))
-    return sum(losses), torch.stack(stats).mean(0)
 
 
 def scores(images, labels, real, real_labels, encode):
@@ -229,6 +215,7 @@ def main(argv=None):
                         "args": stored, "config": asdict(config)}, temporary)
             os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
 
+    kernel = dict(taus=args.taus, iters=args.iters, floor=args.floor)
     stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
     say("  ".join(f"{k}={v}" for k, v in stored.items()))
     say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
@@ -245,7 +232,7 @@ def main(argv=None):
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
         x, pos = both.split([args.n_gen, args.n_pos], dim=1)
         fx, fp, fu = (encode(part.flatten(0, 1)) for part in (x, pos, unc))
-        print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), args)[1], args.taus))
+        print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), **kernel)[1], args.taus))
 
     def evaluate(step):
         wanted = torch.arange(args.n_eval, device=device) % len(names)
@@ -281,7 +268,7 @@ def main(argv=None):
                 fp, fu = encode(pos.flatten(0, 1)), encode(unc.flatten(0, 1))
         # The loss is about the same number in every step, because each field is normalised by its own size. Whether
         # training works shows in the raw drift, which comes near that of real images, and in the scores.
-        loss, stats = features_loss(fx, fp, fu, alpha, args)
+        loss, stats = features_loss(fx, fp, fu, alpha, **kernel)
         total = total + stats
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
