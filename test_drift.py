@@ -1,6 +1,6 @@
 """
 All tests. CPU, no network, under three minutes on two cores.
-$ python -m pytest -q
+$ python -m pytest -q -rs
 """
 import functools
 import gzip
@@ -867,6 +867,16 @@ def checkpoint(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         run(patch, "train.py", *QUICK, "--steps", 60, "--ema", 0.5, "--out", path)
     return path
+
+
+def test_bench_says_where_the_time_goes(monkeypatch, tiny_mae, capsys):
+    run(monkeypatch, "bench.py", "--size", 16, "--labels", 2, "--n_gen", 4, "--n_pos", 4, "--n_unc", 2, "--steps", 1,
+        "--encoder", tiny_mae, "--device", "cpu")
+    head, *lines = capsys.readouterr().out.strip().splitlines()
+    assert "2 x (4 generated, 4 positive, 2 unconditional), cpu" in head
+    shares = {line.split()[0]: float(line.split()[-1][:-1]) for line in lines}
+    assert list(shares) == ["generator", "encoder", "drift", "optimiser"] and abs(sum(shares.values()) - 100) < 1
+    assert "none.pt" in fails(monkeypatch, capsys, "bench.py", "--encoder", "none.pt")
 
 
 def test_sample(monkeypatch, tmp_path, checkpoint, capsys):
