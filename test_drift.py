@@ -935,7 +935,7 @@ def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
     assert "no encoder file none.pt" in bad("--encoder", "none.pt")
     assert "keep.pt is damaged" in bad("--encoder", out)
     assert "not a checkpoint of features.py" in bad("--judge", checkpoint)
-    assert "too small" in bad("--encoder", "mae")                                          # 8 pixels, and strides of 16
+    assert "too small" in bad("--encoder", "mae", "--size", 4)                          # 4 pixels, and a stride of 8
     assert "no timm encoder" in bad("--encoder_weights", "a.pth")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "timm", None)

@@ -133,13 +133,13 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
 
 
-def scores(images, labels, real, real_labels, vector, real_vectors):
-    """Compares float images [n, C, H, W] with real ones [m, C, H, W], by a judge's vectors: a dictionary of numbers.
+def scores(images, vectors, labels, real, real_vectors, real_labels):
+    """Compares images [n, C, H, W] with real ones [m, C, H, W], and a judge's vectors of them: a dictionary of numbers.
 
     fd: Frechet distance of the vectors; acc: share whose nearest real vector has their label; std: deviation of a pixel
     within a class; copies: share that is a real image, each pixel within 1/16.
     """
-    vectors, flat, real_flat = vector(images), images.flatten(1), real.flatten(1)
+    flat, real_flat = images.flatten(1), real.flatten(1)
     nearest = lambda a, b: torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
     near, alike = nearest(vectors, real_vectors), nearest(flat, real_flat)
     return {"fd": features.frechet_distance(vectors, real_vectors),
@@ -203,7 +203,8 @@ def main(argv=None):
                 others = ",".join(s for s in spec if s != "mae") or "pixels"
                 build(others, weights=args.encoder_weights)              # if they cannot be had, say so before training
                 say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
-            features.train_mae(path, sampler, len(names), say=say)
+            patches = [k for k in range(1, args.size) if args.size % k == 0 and args.size // k >= 14]
+            features.train_mae(path, sampler, len(names), patch=max(patches, default=1), say=say)
             spec[spec.index("mae")] = str(path)
         encode = build(",".join(spec), weights=args.encoder_weights)
     except (ValueError, OSError) as error:
@@ -247,8 +248,8 @@ def main(argv=None):
         ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
         half, vectors = min(args.n_eval, len(ref) // 2), judge.vector(real)
-        floor = score_text(scores(real[:half], real_labels[:half], real[half:], real_labels[half:], judge.vector,
-                                  vectors[half:]))
+        floor = score_text(scores(*(t[part] for part in (slice(half), slice(half, None))
+                                    for t in (real, vectors, real_labels))))
     if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
         label = torch.arange(args.labels, device=device) % len(names)
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
@@ -262,7 +263,8 @@ def main(argv=None):
         fake = torch.cat([ema.generate(part, 1.0, generator) for part in wanted.split(250)])
         fake = data.to_uint8(fake)                                                       # judged as a user gets them
         data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
-        score = score_text(scores(data.to_float(fake), wanted, real, real_labels, judge.vector, vectors))
+        fake = data.to_float(fake)
+        score = score_text(scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
         print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
 
