@@ -12,7 +12,7 @@ mix without weights. Nothing here is needed to sample. --encoder of train.py tak
 
 Run by itself, this file trains a ResNet-MAE: masked reconstruction, then with a classifier on top.
 $ python features.py --dataset cifar10 --out mae_cifar10.pt
-$ torchrun --standalone --nproc_per_node=8 features.py --dataset cifar10 --width 64 --patch 1 --steps 50000
+$ torchrun --standalone --nproc_per_node=8 features.py --dataset cifar10 --width 64 --patch 1 --steps 20000
 """
 import math
 import os
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: imported later, its default arguments would hold the process group past its end
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -408,7 +409,8 @@ def main():
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not to be had here")
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
     try:
         if rank > 0:
             dist.barrier()                                                 # rank 0 alone downloads and builds caches
