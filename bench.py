@@ -58,7 +58,7 @@ def step_times(model, encode, optimizer, labels, n_gen, n_pos, n_unc, kernel):
 def main():
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--encoder", default="pixels", help="as of train.py")
+    p.add_argument("--encoder", default="pixels", help="as of train.py, but a file for mae")
     p.add_argument("--size", type=int, default=32, help="image size in pixels")
     p.add_argument("--model", default="tiny", choices=SIZES)
     p.add_argument("--patch", type=int, default=4)

@@ -809,7 +809,7 @@ def test_default_encoder_is_trained_once_and_never_needed_to_sample(monkeypatch,
     cached = tmp_path / "data" / "mae_pets_16.pt"
     assert f"training an encoder first, {cached}" in capsys.readouterr().out and cached.with_suffix(".png").exists()
     before = cached.stat().st_mtime_ns
-    run(monkeypatch, "train.py", "--resume", tmp_path / "a.pt")
+    run(monkeypatch, "train.py", "--resume", tmp_path / "a.pt", "--judge", "mae")
     assert "training an encoder" not in capsys.readouterr().out and cached.stat().st_mtime_ns == before
     cached.unlink()
     monkeypatch.setitem(sys.modules, "features", None)                                     # an import of it would fail

@@ -195,18 +195,18 @@ def main(argv=None):
         sampler, shape = data.Sampler(images, labels, device, args.flip), images.shape[1:3]
         build = partial(features.Encoder, channels=shape[0], size=shape[1], pools=args.pools, device=device,
                         input_size=args.encoder_size)
-        judge, spec = build(args.judge, weights=args.judge_weights), args.encoder.split(",")
-        if "mae" in spec:
+        plans = [(args.encoder.split(","), args.encoder_weights), (args.judge.split(","), args.judge_weights)]
+        if any("mae" in spec for spec, _ in plans):
             name = Path(args.dataset.removeprefix("folder:")).resolve().name
             path = Path(args.data_dir) / f"mae_{name}_{args.size}.pt"
             if not path.exists():
-                others = ",".join(s for s in spec if s != "mae") or "pixels"
-                build(others, weights=args.encoder_weights)              # if they cannot be had, say so before training
+                for spec, weights in plans:                    # if the others cannot be had, say so before training
+                    build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
                 say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
             patches = [k for k in range(1, args.size) if args.size % k == 0 and args.size // k >= 14]
             features.train_mae(path, sampler, len(names), patch=max(patches, default=1), say=say)
-            spec[spec.index("mae")] = str(path)
-        encode = build(",".join(spec), weights=args.encoder_weights)
+            plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
+        encode, judge = (build(",".join(spec), weights=weights) for spec, weights in plans)
     except (ValueError, OSError) as error:
         p.error(str(error))
 
