@@ -171,8 +171,9 @@ def _check(path, md5, source):
 def _idx(name, data_dir, split):
     folder, url, files, names = IDX[name]
     arrays = []
-    for file in [f for f in files if f.startswith("train" if split == "train" else "t10k")]:
-        md5 = files[file]
+    for file, md5 in files.items():
+        if file.startswith("train") != (split == "train"):
+            continue
         plain = data_dir / folder / "raw" / file
         packed = plain.with_name(file + ".gz")
         if not plain.exists() and not packed.exists():

@@ -414,8 +414,8 @@ def timm_model(name, size, **kwargs):
     try:
         import torchvision  # noqa: F401
     except RuntimeError:  # of another build of torch, it stops at two operators that no model here uses
-        for name_ in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name_]
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -248,8 +248,8 @@ def main(argv=None):
         ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
         half, vectors = min(args.n_eval, len(ref) // 2), judge.vector(real)
-        floor = score_text(scores(*(t[part] for part in (slice(half), slice(half, None))
-                                    for t in (real, vectors, real_labels))))
+        a, b = slice(half), slice(half, None)
+        floor = score_text(scores(real[a], vectors[a], real_labels[a], real[b], vectors[b], real_labels[b]))
     if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
         label = torch.arange(args.labels, device=device) % len(names)
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
