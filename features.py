@@ -8,6 +8,7 @@ mix without weights. Nothing here is needed to sample. --encoder of train.py tak
 
     pixels              the image as one vector, and mean-pooled copies; always included
     FILE.pt             ResNet-MAE, the paper's own encoder, as trained by this file
+    hf://mae_pixel_640  one that the authors have released, or a local folder with it
     dinov2, clip, ...   a foundation model of ALIASES; timm:NAME any other of timm's
 
 Run by itself, this file trains a ResNet-MAE: masked reconstruction, then with a classifier on top.
@@ -16,6 +17,7 @@ $ torchrun --standalone --nproc_per_node=8 features.py --dataset cifar10 --width
 """
 import math
 import os
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +41,19 @@ ALIASES = {  # name: (timm's name, input size if it is not to be timm's own, wha
     "convnextv2": ("convnextv2_tiny.fcmae", None, {}),
     "resnet50": ("resnet50.a1_in1k", None, {}),
 }
+OFFICIAL_NAMES = [  # how this file calls its parameters, as a pattern, and how the official code does, with dots
+    (r"^stem\.0", "encoder.conv1"), (r"^stem\.1", "encoder.gn1"),
+    (r"^stages\.(\d+)\.(\d+)", r"encoder.stages_\1.layers_\2"),
+    (r"\.conv(\d)\.0", r".conv\1"), (r"\.conv(\d)\.1", r".gn\1"),
+    (r"\.skip\.0", ".proj_conv"), (r"\.skip\.1", ".proj_gn"),
+    *((f"^norms.{i}", f"encoder.layer{i + 1}_norm") for i in range(4)),
+    (r"^bridge\.0", "decoder.bridge.conv"), (r"^bridge\.1", "decoder.bridge.gn"),
+    *((f"^ups.{i}.0", f"decoder.up{4 - i}{3 - i}.concat_norm_fn") for i in range(4)),
+    *((f"^ups.{i}.1", f"decoder.up{4 - i}{3 - i}.proj") for i in range(4)),
+    *((f"^ups.{i}.2", f"decoder.up{4 - i}{3 - i}.refine") for i in range(4)),
+    (r"(proj|refine)\.0", r"\1.conv"), (r"(proj|refine)\.1", r"\1.gn"),
+    (r"^head", "fc"), (r"^out", "decoder.head"),
+]
 
 
 def pixels(images, pools=()):
@@ -152,6 +167,27 @@ class MAE(nn.Module):
             y = F.relu(conv2(F.relu(conv1(norm(torch.cat([y, maps[skip]], dim=1))))))
         filled = rearrange(self.out(y), "b (p q c) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
         return filled, self.head(maps["layer4"].mean((2, 3)))
+
+    @classmethod
+    def from_official(cls, source):
+        """The authors' encoder: hf://NAME, downloaded once, or a local folder. Raises ValueError or OSError."""
+        import official                                                   # here: the rest of this file needs no other
+        return official.load(source, "mae", lambda config: cls(
+            config["in_channels"], 32 * config["input_patch_size"], config["base_channels"], config["input_patch_size"],
+            config["layers"], config["num_classes"]))
+
+    def official_name(self, name):
+        """How the authors' files call parameter `name`: its key, and the order of the key's axes."""
+        for pattern, new in OFFICIAL_NAMES:
+            name = re.sub(pattern, new, name)
+        *where, leaf = name.split(".")
+        if leaf == "bias":
+            order = (0,)
+        elif "gn" in where[-1] or "norm" in where[-1]:
+            leaf, order = "scale", (0,)
+        else:
+            leaf, order = "kernel", (1, 0) if where == ["fc"] else (3, 2, 0, 1)                        # [in, out], HWIO
+        return ["/".join([*where, leaf])], order
 
 
 class Timm(nn.Module):
@@ -326,18 +362,20 @@ class Encoder(nn.Module):
         super().__init__()
         weights, nets = list(weights), {}
         for name in spec.split(","):
-            if name.endswith(".pt"):
-                net, _ = load_mae(name)
+            if name == "pixels":
+                continue
+            if name.startswith("timm:") or name in ALIASES:
+                model, own_size, overlay = ALIASES.get(name, (name.removeprefix("timm:"), None, {}))
+                nets[name] = Timm(model, input_size or own_size, weights.pop(0) if weights else None, overlay)
+            elif name.endswith(".pt") or name.startswith("hf://") or Path(name).is_dir():
+                net = nets[name] = load_mae(name)[0] if name.endswith(".pt") else MAE.from_official(name)
                 if (net.config["channels"], net.config["size"]) != (channels, size):
                     raise ValueError(f"{name} is for images of {net.config['channels']} x {net.config['size']}^2, not "
                                      f"{channels} x {size}^2")
-                nets[name] = net
-            elif name.startswith("timm:") or name in ALIASES:
-                model, own_size, overlay = ALIASES.get(name, (name.removeprefix("timm:"), None, {}))
-                nets[name] = Timm(model, input_size or own_size, weights.pop(0) if weights else None, overlay)
-            elif name != "pixels":
+                del net.bridge, net.ups, net.out, net.head                      # the decoder takes memory and no part
+            else:
                 raise ValueError(f"unknown encoder {name!r}{nearest(name, ['pixels', 'mae', *ALIASES])}; or FILE.pt of "
-                                 "features.py, or timm:NAME")
+                                 "features.py, hf://NAME or a folder of the authors, or timm:NAME")
         if weights:
             raise ValueError(f"--encoder_weights {weights[0]}: no timm encoder is left for it")
         self.names, self.nets, self.pools = list(nets), nn.ModuleList(nets.values()), pools

@@ -6,10 +6,12 @@ The generator of "Generative Modeling via Drifting": a DiT that maps noise to an
     label  [B]             class
     alpha  [B]             guidance strength; the network is trained on a range of them, so guidance costs nothing
 
-There is no time step and no second pass. The architecture is that of the official JAX code, so that its weights fit.
+There is no time step and no second pass. The architecture is that of the official JAX code, so that its weights fit:
+$ python sample.py --ckpt hf://pixel_B_sota --classes 207 360 --n 8
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,6 +23,17 @@ SIZES = {  # name: (width, layers, heads, class tokens)
     "S": (384, 12, 6, 16),
     "B": (768, 12, 12, 16),
     "L": (1024, 24, 16, 16),
+}
+OFFICIAL_CONFIG = dict(mlp_ratio=4.0, use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+OFFICIAL_NAMES = {  # module of this file: of the official code, of a block below LightningDiT_0/blocks_i
+    "label_embed": "Embed_0", "alpha_norm": "RMSNorm_0",
+    "alpha_embed.0": "TimestepEmbedder_0/TorchLinear_0", "alpha_embed.2": "TimestepEmbedder_0/TorchLinear_1",
+    "patch_embed": "LightningDiT_0/TorchLinear_0", "cls_proj": "LightningDiT_0/TorchLinear_1",
+    "final_norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0", "final_adaln": "LightningDiT_0/FinalLayer_0/TorchLinear_0",
+    "final_proj": "LightningDiT_0/FinalLayer_0/TorchLinear_1",
+    "norm1": "RMSNorm_0", "norm2": "RMSNorm_1", "adaln": "TorchLinear_0", "attn.qkv": "Attention_0/TorchLinear_0",
+    "attn.q_norm": "Attention_0/q_norm", "attn.k_norm": "Attention_0/k_norm", "attn.proj": "Attention_0/TorchLinear_1",
+    "mlp.w1": "SwiGLUFFN_0/TorchLinear_0", "mlp.w3": "SwiGLUFFN_0/TorchLinear_1", "mlp.w2": "SwiGLUFFN_0/TorchLinear_2",
 }
 
 
@@ -160,14 +173,73 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def generate(self, label, alpha, generator):
-        """Images [B, C, H, W] clamped to [-1, 1], of classes label [B], at guidance alpha (number or [B]).
+        """Images [B, C, H, W], not clamped, of classes label [B], at guidance alpha (number or [B]).
 
         Image i is the same in any batch: it takes the next draw of the generator, alone.
         """
         draws = [self.draw(1, generator) for _ in label]
         noise, style = (torch.cat(d).to(label.device) for d in zip(*draws))
         alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device).expand(len(label))
-        return self(noise, style, label, alpha).float().clamp(-1, 1)
+        return self(noise, style, label, alpha).float()
+
+    @classmethod
+    def load(cls, source):
+        """A generator on the CPU, and the arguments that it was trained with, {} if unknown.
+
+        source: FILE.pt of train.py, whose EMA weights are taken, or what from_official() takes. Raises ValueError or
+        OSError with one line.
+        """
+        if str(source).startswith("hf://") or Path(source).is_dir():
+            return cls.from_official(source), {}
+        try:
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+            model = cls(DiTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["ema"])
+            return model, checkpoint["args"]
+        except FileNotFoundError:
+            raise ValueError(f"there is no checkpoint {source}: python train.py writes out.pt") from None
+        except Exception as error:  # what torch.load raises for a damaged file has no type in common
+            raise ValueError(f"{source} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+
+    @classmethod
+    def from_official(cls, source):
+        """The authors' generator: hf://NAME, downloaded once, or a local folder. Raises ValueError or OSError."""
+        import official                                                   # here: the rest of this file needs no other
+
+        def build(config):
+            fixed = OFFICIAL_CONFIG | {"out_channels": config["in_channels"]}
+            other = [name for name, value in fixed.items() if config.get(name, value) != value]
+            if other:
+                raise ValueError(f"this one has no other {', '.join(other)}")
+            return cls(DiTConfig(**{name: config[name] for name in DiTConfig.__dataclass_fields__}))
+
+        model = official.load(source, "gen", build)
+        c = model.config
+        tokens = c.n_cls_tokens + model.pos_embed.shape[1]
+        model.rope_cos, model.rope_sin = rope_1d(c.hidden_size // c.num_heads, tokens)                 # not in the file
+        return model
+
+    def official_name(self, name):
+        """How the authors' files call parameter `name`: its keys, parts of one table if several, and order of axes."""
+        if name == "style_embed.weight":
+            return [f"noise_embeds_{i}/embedding" for i in range(self.config.noise_coords)], (0, 1)
+        if name in ("pos_embed", "cls_embed"):
+            return [f"LightningDiT_0/{name}"], (0, 1, 2)
+        module, leaf = name.rsplit(".", 1)
+        where = ""
+        if module.startswith("blocks."):
+            _, i, module = module.split(".", 2)
+            where = f"LightningDiT_0/blocks_{i}/"
+        where += OFFICIAL_NAMES[module]
+        if "TorchLinear" in where:
+            return [f"{where}/Dense_0/{'kernel' if leaf == 'weight' else leaf}"], (1, 0) if leaf == "weight" else (0,)
+        return [f"{where}/{'embedding' if 'Embed' in where else leaf}"], (0, 1) if "Embed" in where else (0,)
+
+    def resize_classes(self, n):
+        """Gives the class table n rows, each the mean of the old ones, as the new classes are not the old ones."""
+        mean = self.label_embed.weight.detach().mean(0, keepdim=True)
+        self.label_embed = nn.Embedding.from_pretrained(mean.repeat(n, 1), freeze=False)
+        self.config = replace(self.config, num_classes=n)
 
 
 def modulate(x, shift, scale):

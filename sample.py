@@ -4,6 +4,11 @@ Draws images from a checkpoint of train.py: one forward pass each, by the genera
 $ python sample.py --ckpt out.pt --n 64 --cfg 1.5 --seed 0                        # grid.png
 $ python sample.py --ckpt out.pt --n 100 --classes 3 5 --out threes_and_fives/    # PNG files
 $ python sample.py --ckpt out.pt --n 50000 --out samples.npz                      # arr_0 uint8 [n, H, W, C], labels
+
+The authors' ImageNet generators, downloaded once; a generator of latents needs an autoencoder, or gives an .npz of them
+$ python sample.py --ckpt hf://pixel_B_sota --classes 207 360 --n 8
+$ python sample.py --ckpt hf://latent_L_sota --classes 207 360 --n 8 --vae stabilityai/sd-vae-ft-mse
+$ python sample.py --ckpt hf://latent_L_sota --n 1000 --out latents.npz           # latents float32 [n, C, H, W], labels
 """
 import argparse
 import os
@@ -15,18 +20,20 @@ import numpy as np
 import torch
 
 import data
-from model import DiT, DiTConfig
+from model import DiT
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="checkpoint of train.py; its EMA weights are used")
+    p.add_argument("--ckpt", required=True, help="checkpoint of train.py, whose EMA weights are used; or the "
+                   "authors' generator, hf://NAME or a folder")
     p.add_argument("--n", type=int, default=64, help="number of images")
     p.add_argument("--classes", type=int, nargs="+", help="class numbers, taken in turn; all of them if none are named")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance strength alpha; 1: the data's own distribution")
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same for any --n and --batch")
     p.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz")
+    p.add_argument("--vae", help="autoencoder of a generator of latents: a name or folder that diffusers knows")
     p.add_argument("--batch", type=int, default=256, help="images in a forward pass")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
@@ -41,24 +48,40 @@ def parse(argv=None):
     return p, args
 
 
-def load(path, device):
-    """The generator of a checkpoint with its EMA weights, and the arguments that it was trained with."""
+def load_decoder(name, latent_channels, device):
+    """A function latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], by an autoencoder of diffusers.
+
+    The division by the scaling factor is the authors': 0.18215 for the SD-VAE, 1 for the tiny autoencoders made for it.
+    """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model = DiT(DiTConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["ema"])
-        return model.eval(), checkpoint["args"]
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: python train.py writes out.pt") from None
-    except Exception as error:  # what torch.load raises for a damaged file has no type in common
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+        from diffusers import AutoModel
+        vae = AutoModel.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval()  # True wants accelerate
+        if vae.config.latent_channels != latent_channels:
+            raise ValueError(f"it decodes {vae.config.latent_channels} channels, the generator gives {latent_channels}")
+    except ImportError:
+        raise ValueError("--vae needs diffusers: pip install diffusers, or name an .npz for --out, to get the latents"
+                         ) from None
+    except Exception as error:  # hub, files, configurations: each raises its own
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--vae {name} cannot decode this generator's latents ({text[:200]})") from None
+    decode = lambda z: vae.decode(z / vae.config.scaling_factor).sample
+    return lambda latents: torch.cat([decode(z) for z in latents.split(8)])              # 8: a decoder is memory-hungry
 
 
+@torch.no_grad()
 def main(argv=None):
     p, args = parse(argv)
     out, folder = Path(args.out), Path(args.out).suffix not in (".png", ".npz")
     try:
-        model, trained = load(args.ckpt, args.device)
+        model, trained = DiT.load(args.ckpt)
+        model.eval().to(args.device)
+        channels, decode = model.config.in_channels, lambda images: images
+        latent = channels not in (1, 3) and not args.vae
+        if latent and out.suffix != ".npz":
+            raise ValueError(f"this generator gives latents of {channels} channels: --vae stabilityai/sd-vae-ft-mse "
+                             "decodes those of the authors, --out latents.npz keeps them as they are")
+        if args.vae:
+            decode = load_decoder(args.vae, channels, args.device)
         classes = args.classes or range(model.config.num_classes)
         if not all(0 <= c < model.config.num_classes for c in classes):
             raise ValueError(f"--classes are numbers from 0 to {model.config.num_classes - 1} for this checkpoint")
@@ -67,14 +90,15 @@ def main(argv=None):
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         p.error(str(error))
-    if not 1 <= args.cfg <= trained["alpha_max"]:
+    if trained and not 1 <= args.cfg <= trained["alpha_max"]:
         print(f"note: trained for --cfg from 1 to {trained['alpha_max']}, not for {args.cfg}")
 
     labels = torch.tensor(classes).repeat(-(-args.n // len(classes)))[:args.n]
     generator = torch.Generator().manual_seed(args.seed)       # on the CPU: the same noise on any device
     images, began, done = [], time.time(), 0
     for part in labels.split(args.batch):
-        batch = data.to_uint8(model.generate(part.to(args.device), args.cfg, generator)).cpu()
+        batch = model.generate(part.to(args.device), args.cfg, generator)
+        batch = (batch if latent else data.to_uint8(decode(batch))).cpu()
         if folder:
             for i, image in enumerate(batch):
                 data.save_image(image, out / f"{done + i:06d}_class{part[i]}.png")
@@ -88,7 +112,9 @@ def main(argv=None):
         data.save_grid(torch.cat(images), out, columns=int(np.ceil(args.n**0.5)))
     elif out.suffix == ".npz":
         with open(f"{out}.tmp", "wb") as file:
-            np.savez(file, arr_0=torch.cat(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+            images = torch.cat(images)
+            named = {"latents": images} if latent else {"arr_0": images.permute(0, 2, 3, 1)}
+            np.savez(file, **{k: v.numpy() for k, v in named.items()}, labels=labels.numpy())
         os.replace(f"{out}.tmp", out)
     print(f"{args.n:,} images in {seconds:.2f} s, {args.n / seconds:,.0f} images/s: {out}")
 

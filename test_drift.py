@@ -4,17 +4,23 @@ $ python -m pytest -q -rs
 """
 import functools
 import gzip
+import hashlib
+import http.server
 import importlib.util
+import json
 import math
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -54,6 +60,23 @@ def fails(monkeypatch, capsys, *command):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1, (stop.value.code, lines)
     return lines[0]
+
+
+def needs(package):
+    """Skips the test where an optional package is missing; lets a torchvision of another build of torch import."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install {package}")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:  # of another build of torch, it stops at two operators that no model here uses
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        needs.library = library                                                      # the operators live as long
 
 
 # drift.py
@@ -273,43 +296,44 @@ def test_the_demo_draws(monkeypatch, tmp_path, capsys):
 # model.py
 
 def official_generator():
-    """The generator of the golden file, with the official weights under this project's names."""
-    renames = [("LightningDiT_0/", ""), ("Dense_0/", ""), ("kernel", "weight"), ("embedding", "weight"),
-               ("FinalLayer_0/RMSNorm_0", "final_norm"), ("FinalLayer_0/TorchLinear_0", "final_adaln"),
-               ("FinalLayer_0/TorchLinear_1", "final_proj"), ("TimestepEmbedder_0/TorchLinear_0", "alpha_embed/0"),
-               ("TimestepEmbedder_0/TorchLinear_1", "alpha_embed/2"), ("Attention_0/TorchLinear_0", "attn/qkv"),
-               ("Attention_0/TorchLinear_1", "attn/proj"), ("Attention_0", "attn"), ("Embed_0", "label_embed"),
-               ("SwiGLUFFN_0/TorchLinear_0", "mlp/w1"), ("SwiGLUFFN_0/TorchLinear_1", "mlp/w3"),
-               ("SwiGLUFFN_0/TorchLinear_2", "mlp/w2"), ("blocks_", "blocks/")]
-    inside = [("RMSNorm_0", "norm1"), ("RMSNorm_1", "norm2"), ("TorchLinear_0", "adaln")]          # of a block
-    outside = [("RMSNorm_0", "alpha_norm"), ("TorchLinear_0", "patch_embed"), ("TorchLinear_1", "cls_proj")]
-    state = {}
-    for key in GOLDEN_DIT.files:
-        if key.startswith("a/params/"):
-            name, value = key.removeprefix("a/params/"), torch.from_numpy(GOLDEN_DIT[key])
-            for old, new in renames + (inside if "blocks_" in key else outside):
-                name = name.replace(old, new)
-            state[name.replace("/", ".")] = value.T if key.endswith("kernel") else value
-    state["style_embed.weight"] = torch.cat([state.pop(f"noise_embeds_{i}.weight") for i in range(4)])
-    model = DiT(DiTConfig(input_size=16, patch_size=4, hidden_size=64, depth=3, num_heads=4, n_cls_tokens=4,
-                          num_classes=11, noise_classes=8, noise_coords=4))
-    model.load_state_dict(state)
-    return model
+    return DiT.from_official(HERE / "assets" / "artifact_gen")
 
 
 def test_official_generator():
-    model = official_generator()
+    """Samples, every intermediate tensor and every parameter's gradient, as by the official code, on its weights."""
+    model, seen = official_generator(), {}
     get = lambda key: torch.from_numpy(GOLDEN_DIT[key])
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
     label, style, alpha = get("a/c").long(), get("a/noise_labels").long(), get("a/cfg_scale")
-    assert relative(model.condition(style, label, alpha), get("a/cond")) < 1e-5
-    images = model(get("a/x").permute(0, 3, 1, 2), style, label, alpha).permute(0, 2, 3, 1)
-    assert relative(images, get("a/samples")) < 1e-5
+    noise = get("a/x").permute(0, 3, 1, 2)
+    images = model(noise, style, label, alpha).permute(0, 2, 3, 1)
+    seen["blocks.0.attn.q_norm"] = seen["blocks.0.attn.q_norm"].transpose(1, 2)                    # heads after tokens
+    off = {"samples": relative(images, get("a/samples")),
+           "cond": relative(model.condition(style, label, alpha), get("a/cond")),
+           "alpha_norm": relative(seen["alpha_norm"], get("a/cfg_normed_embedding"))}
+    inter = {"TorchLinear_0": "patch_embed", "TorchLinear_1": "cls_proj", "FinalLayer_0": "final_proj",
+             "blocks_0": "blocks.0", "blocks_1": "blocks.1", "blocks_2": "blocks.2",
+             "blocks_0/RMSNorm_0": "blocks.0.norm1", "blocks_0/RMSNorm_1": "blocks.0.norm2",
+             "blocks_0/Attention_0": "blocks.0.attn",
+             "blocks_0/Attention_0/q_norm": "blocks.0.attn.q_norm", "blocks_0/SwiGLUFFN_0": "blocks.0.mlp"}
+    prefix = "a/inter/LightningDiT_0/"
+    assert {key.removeprefix(prefix) for key in GOLDEN_DIT.files if key.startswith("a/inter")} == set(inter)
+    off |= {ours: relative(seen[ours][:1], get(prefix + theirs)) for theirs, ours in inter.items()}
     (images * get("a/cotangent")).sum().backward()
     norms = dict(zip(GOLDEN_DIT["a/gradnorm_names"].tolist(), GOLDEN_DIT["a/gradnorms"].tolist()))
-    for name, parameter in [("Embed_0/embedding", model.label_embed.weight),
-                            ("LightningDiT_0/pos_embed", model.pos_embed),
-                            ("LightningDiT_0/blocks_1/Attention_0/q_norm/weight", model.blocks[1].attn.q_norm.weight)]:
-        assert parameter.grad.norm().item() == pytest.approx(norms[name], rel=1e-3)
+    grad_off = {}
+    for name, parameter in model.named_parameters():
+        keys, _ = model.official_name(name)
+        for key, grad in zip(keys, parameter.grad.chunk(len(keys))):
+            grad_off[key] = abs(grad.norm().item() / norms.pop(key) - 1)
+    assert not norms and len(grad_off) == 69
+    print(f"\n{len(off)} tensors, largest relative error {max(off.values()):.1e}; {len(grad_off)} gradient norms, "
+          f"{max(grad_off.values()):.1e}", end="")                                                  # shown by pytest -s
+    assert max(off.values()) < 1e-4 and max(grad_off.values()) < 1e-3
+    with torch.no_grad():
+        images = model(noise, style, label, torch.full_like(alpha, 1.5)).permute(0, 2, 3, 1)
+    assert relative(images, get("a/samples_cfg_scalar_1.5")) < 1e-4
 
 
 def test_official_positions():
@@ -344,7 +368,253 @@ def test_generate_is_the_same_in_any_batch():
     whole, g = model.generate(label, 1.5, generator()), generator()
     parts = torch.cat([model.generate(part, 1.5, g) for part in label.split(3)])
     torch.testing.assert_close(whole, parts)
-    assert whole.abs().max() <= 1 and whole.std() > 0.1
+    assert whole.std() > 0.1
+
+
+# official.py
+
+ARTIFACT = HERE / "assets" / "artifact_gen" / "params_ema"                # written by the official code, random weights
+NOISE = np.random.default_rng(0).standard_normal(9973, np.float32)                    # 9973: a prime, no row repeats
+
+
+def write_artifact(folder, kind, config, arrays):
+    """ema_params.msgpack and metadata.json as the official code writes them; arrays {name: float32 array or shape}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.json").write_text(json.dumps({"format": "flax.msgpack", "kind": kind, "model_config": config}))
+    tree = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)[leaf] = array
+    with open(folder / "ema_params.msgpack", "wb") as file:
+        packer = msgpack.Packer()
+
+        def write(node):  # in pieces, as an L-size model has 1.8 GB
+            if isinstance(node, dict):
+                file.write(packer.pack_map_header(len(node)))
+                for key in node:
+                    file.write(packer.pack(key))
+                    write(node[key])
+            else:
+                array = np.resize(NOISE, node) if isinstance(node, tuple) else node
+                inner = packer.pack([array.shape, str(array.dtype), array.tobytes()])
+                file.write(packer.pack(msgpack.ExtType(1, inner)))
+        write(tree)
+
+
+def official_shapes(net):
+    """What the official code would write for a network of this project: {official name: shape}."""
+    shapes = {}
+    for name, parameter in net.state_dict().items():
+        keys, order = net.official_name(name)
+        ours = [parameter.shape[0] // len(keys), *parameter.shape[1:]]
+        shapes |= {key: tuple(ours[order.index(i)] for i in range(len(order))) for key in keys}
+    return shapes
+
+
+def official_config(c):
+    """DiTConfig -> model_config of metadata.json."""
+    return vars(c) | dict(cond_dim=c.cond_dim or c.hidden_size, out_channels=c.in_channels, mlp_ratio=4.0,
+                          use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, use_bf16=True)
+
+
+def test_artifact_folders_in_both_layouts_give_the_same_images(monkeypatch, tmp_path, capsys):
+    shutil.copytree(ARTIFACT, tmp_path / "flat")
+    for i, folder in enumerate([ARTIFACT, ARTIFACT.parent, tmp_path / "flat"]):
+        run(monkeypatch, "sample.py", "--ckpt", folder, "--n", 6, "--classes", 2, 9, "--out", tmp_path / f"{i}.npz")
+    images = [np.load(tmp_path / f"{i}.npz") for i in range(3)]
+    model, label = official_generator(), torch.tensor([2, 9]).repeat(3)
+    expected = data.to_uint8(model.generate(label, 1.0, torch.Generator().manual_seed(0))).permute(0, 2, 3, 1).numpy()
+    for image in images:
+        assert image["labels"].tolist() == label.tolist() and (image["arr_0"] == expected).all() and expected.std() > 10
+
+
+@pytest.mark.parametrize("name", ["B", "L"])
+def test_conversion_of_a_large_model(name, tmp_path):
+    """Time and peak memory of reading a model of the released size, in a process of its own."""
+    with torch.device("meta"):
+        net = DiT(DiTConfig.named(name, input_size=256, patch_size=16, num_classes=1000))
+    write_artifact(tmp_path / name, "gen", official_config(net.config), official_shapes(net))
+    code = ("import sys, time, model; began = time.time(); net = model.DiT.from_official(sys.argv[1]); "
+            "peak, = (line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')); "
+            "print(time.time() - began, int(peak) * 1024, 4 * sum(p.numel() for p in net.parameters()))")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    job = subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=HERE, capture_output=True, text=True)
+    shutil.rmtree(tmp_path / name)
+    assert job.returncode == 0, job.stderr
+    seconds, peak, size = map(float, job.stdout.split())
+    print(f"\n{name}/16, {size / 2**20:,.0f} MB of weights: {seconds:.1f} s, peak of the process {peak / size:.2f} "
+          "times that", end="")                                                                     # shown by pytest -s
+    assert seconds < 30 and peak < 2.5 * size
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server with the artifact of assets/ as pixel_B_sota; it says .sha256 of the weights and keeps a .log."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        sha256, log = hashlib.sha256((ARTIFACT / "ema_params.msgpack").read_bytes()).hexdigest(), []
+
+        def do_GET(self):
+            path, commit, body, headers = "models/gen/jax/pixel_B_sota", "c0ffee" * 7, None, {}
+            self.log.append(self.path)
+            if self.path.startswith("/api/models/Goodeat/drifting/tree/"):
+                listed = [dict(type="file", path=f"{path}/{file.name}", size=file.stat().st_size, oid="0" * 40)
+                          for file in sorted(ARTIFACT.iterdir())]
+                listed[0]["lfs"] = dict(oid=self.sha256, size=listed[0]["size"], pointerSize=130)         # the weights
+                body = json.dumps(listed).encode()
+            elif self.path.startswith("/api/models/Goodeat/drifting"):
+                files = [dict(rfilename=f"{path}/{file.name}") for file in ARTIFACT.iterdir()]
+                body = json.dumps(dict(id="Goodeat/drifting", sha=commit[:40], siblings=files)).encode()
+            elif self.path.startswith("/Goodeat/drifting/resolve/") and path in self.path:
+                body = (ARTIFACT / self.path.split("/")[-1]).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit[:40]}
+            self.send_response(404 if body is None else 200)
+            for key, value in (headers | {"Content-Length": len(body or b"")}).items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if body and self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    yield Handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_plain_download_is_checked_and_happens_once(monkeypatch, tmp_path, capsys, hub):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    command = ["sample.py", "--ckpt", "hf://pixel_B_sota", "--n", 4, "--out", tmp_path / "a.npz"]
+    kept = tmp_path / "torch"
+    right, hub.sha256 = hub.sha256, "0" * 64
+    assert "invalid hash" in fails(monkeypatch, capsys, *command)
+    assert not [file for file in kept.rglob("*") if file.is_file() and file.name != "metadata.json"]
+    hub.sha256 = right
+    for _ in range(2):
+        hub.log.clear()
+        run(monkeypatch, *command)
+    assert not hub.log and np.load(tmp_path / "a.npz")["arr_0"].shape == (4, 16, 16, 3)
+    assert sorted(file.name for file in kept.rglob("*") if file.is_file()) == ["ema_params.msgpack", "metadata.json"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")                                                    # nobody
+    for command in (["sample.py", "--ckpt", "hf://ablation"], ["train.py", "--encoder", "hf://mae_pixel_640"]):
+        assert f"cannot download {command[-1]}" in fails(monkeypatch, capsys, *command)
+
+
+def test_download_by_the_hub_library(tmp_path, hub):
+    needs("huggingface_hub")
+    command = [sys.executable, "sample.py", "--ckpt", "hf://pixel_B_sota", "--n", "4", "--out", str(tmp_path / "a.npz")]
+    for _ in range(2):
+        job = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert job.returncode == 0, job.stderr
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (4, 16, 16, 3)
+    assert sum(path.endswith("ema_params.msgpack") for path in hub.log) <= 2                   # asked for, then fetched
+
+
+def latent_artifact(folder):
+    net = DiT(DiTConfig.named("tiny", input_size=8, in_channels=4, num_classes=5))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    arrays = {}
+    for name, parameter in net.state_dict().items():
+        keys, order = net.official_name(name)
+        for key, part in zip(keys, parameter.chunk(len(keys))):
+            arrays[key] = part.permute([order.index(i) for i in range(len(order))]).contiguous().numpy()
+    write_artifact(folder, "gen", official_config(net.config), arrays)
+    return net
+
+
+def test_latents_are_kept_or_decoded(monkeypatch, tmp_path, capsys):
+    net, label = latent_artifact(tmp_path / "gen"), torch.tensor([0, 1, 2, 3, 4, 0])
+    latents = net.generate(label, 1.0, torch.Generator().manual_seed(0))
+    command = ["sample.py", "--ckpt", tmp_path / "gen", "--n", 6, "--out"]
+    run(monkeypatch, *command, tmp_path / "a.npz")
+    kept = np.load(tmp_path / "a.npz")
+    torch.testing.assert_close(torch.from_numpy(kept["latents"]), latents)
+    assert latents.abs().max() > 1 and kept["labels"].tolist() == label.tolist()                           # not clamped
+    assert "--vae" in fails(monkeypatch, capsys, *command, tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "diffusers", None)
+        assert "pip install diffusers" in fails(patch, capsys, *command, tmp_path / "a.png", "--vae", "some/vae")
+    needs("diffusers")
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                        up_block_types=("UpDecoderBlock2D",) * 2)
+    vae.save_pretrained(tmp_path / "vae")
+    run(monkeypatch, *command, tmp_path / "b.npz", "--vae", tmp_path / "vae", "--batch", 4)
+    with torch.no_grad():
+        expected = data.to_uint8(vae.eval().decode(latents / 0.18215).sample).permute(0, 2, 3, 1)  # their factor
+    images = torch.from_numpy(np.load(tmp_path / "b.npz")["arr_0"])
+    assert images.shape == (6, 16, 16, 3) and (images.int() - expected.int()).abs().max() <= 1
+    assert expected.float().std() > 5
+    capsys.readouterr()
+    bad = lambda ckpt, vae: fails(monkeypatch, capsys, *command, tmp_path / "c.png", "--ckpt", ckpt, "--vae", vae)
+    assert "decodes 4 channels, the generator gives 3" in bad(ARTIFACT, tmp_path / "vae")
+    assert "cannot decode" in bad(tmp_path / "gen", tmp_path / "none")
+
+
+def test_damaged_artifacts_are_one_line(monkeypatch, tmp_path, capsys):
+    config = json.loads((ARTIFACT / "metadata.json").read_text())
+    weights = (ARTIFACT / "ema_params.msgpack").read_bytes()
+    folder = tmp_path / "a"
+    folder.mkdir()
+
+    def bad(metadata=config, weights=weights):
+        (folder / "metadata.json").write_text(metadata if isinstance(metadata, str) else json.dumps(metadata))
+        (folder / "ema_params.msgpack").write_bytes(weights)
+        return fails(monkeypatch, capsys, "sample.py", "--ckpt", folder, "--out", tmp_path / "a.png")
+
+    changed = lambda **other: config | {"model_config": config["model_config"] | other}
+    assert "truncated" in bad(weights=weights[:-1]) and "truncated" in bad(weights=weights[:len(weights) // 2])
+    assert "something follows" in bad(weights=weights + b"\0")
+    assert "metadata.json is truncated" in bad("{")
+    assert "describes a mae, not a gen" in bad(config | {"kind": "mae"})
+    assert "use_rope" in bad(changed(use_rope=False)) and "KeyError" in bad({"kind": "gen"})
+    assert "has shape [16], which is not" in bad(changed(num_heads=2))
+    assert "lack LightningDiT_0/blocks_3" in bad(changed(depth=4))
+    assert "16 arrays too many, such as LightningDiT_0/blocks_2" in bad(changed(depth=2))
+    assert "sizes that the weights cannot have" in bad(changed(depth=10**9))
+    assert "sizes that the weights cannot have" in bad(changed(hidden_size=10**9))
+    assert "float64 is not a type of weights" in bad(weights=weights.replace(b"\xa7float32", b"\xa7float64", 1))
+    assert "Embed_0/embedding is not an array" in bad(weights=msgpack.packb({"Embed_0": {"embedding": 1.0}}))
+    assert "max_array_len" in bad(weights=msgpack.packb({"Embed_0": {"embedding": [1.0, 2.0]}}))
+    assert "extension 7" in bad(weights=msgpack.packb({"a": msgpack.ExtType(7, b"")}))
+    huge = msgpack.ExtType(1, msgpack.packb([[10**9, 10**9], "float32", b"1234"]))
+    assert "shape" in bad(weights=msgpack.packb({"a": huge}))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "msgpack", None)
+        assert "pip install msgpack" in fails(patch, capsys, "sample.py", "--ckpt", ARTIFACT)
+    assert "has no metadata.json" in fails(monkeypatch, capsys, "sample.py", "--ckpt", HERE / "assets")
+    assert "hf://pixel_B_sota" in fails(monkeypatch, capsys, "sample.py", "--ckpt", "hf://pixel_B")
+    assert "hf://mae_pixel_640" in fails(monkeypatch, capsys, "train.py", "--encoder", "hf://pixel_B_sota")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_flipped_bits_never_end_in_a_traceback(tmp_path):
+    """Any change of the file is noticed, or changes nothing but numbers."""
+    shutil.copytree(ARTIFACT, tmp_path / "a")
+    rng, read = np.random.default_rng(0), 0
+    for file, n in (("metadata.json", 300), ("ema_params.msgpack", 100)):
+        whole = (ARTIFACT / file).read_bytes()
+        heads = [i for i in range(len(whole)) if whole[i:i + 7] == b"float32"] if file.endswith("msgpack") else [0]
+        for _ in range(n):
+            flipped = bytearray(whole)
+            where = rng.choice(heads) + rng.integers(-60, 20) if len(heads) > 1 else rng.integers(len(whole))
+            flipped[max(0, where)] ^= 1 << rng.integers(8)
+            (tmp_path / "a" / file).write_bytes(flipped)
+            try:
+                read += DiT.from_official(tmp_path / "a").pos_embed.shape == (1, 16, 64)
+            except ValueError as error:
+                assert "\n" not in str(error)
+        (tmp_path / "a" / file).write_bytes(whole)
+    assert 0 < read < 400                                                  # some flips hit numbers, or what is not read
 
 
 # features.py
@@ -352,31 +622,30 @@ def test_generate_is_the_same_in_any_batch():
 GOLDEN_MAE = np.load(HERE / "assets" / "golden_mae.npz")       # computed with the official JAX code
 
 
-def official_mae():
-    """The encoder of the golden file, with the official weights under this project's names."""
-    net, state = features.MAE(width=8), {}
-    for key in GOLDEN_MAE.files:
-        if key.startswith("A/params/encoder/"):
-            name, value = key.removeprefix("A/params/encoder/"), torch.from_numpy(GOLDEN_MAE[key])
-            if "/" in name and not name.startswith("stages"):
-                name = name.replace("conv1", "stem/0").replace("gn1", "stem/1")
-            for old, new in [("stages_", "stages/"), ("layers_", ""), ("proj_conv", "skip/0"), ("proj_gn", "skip/1"),
-                             *((f"layer{i}_norm", f"norms/{i - 1}") for i in (1, 2, 3, 4)), ("conv1", "conv1/0"),
-                             ("conv2", "conv2/0"), ("gn1", "conv1/1"), ("gn2", "conv2/1"), ("kernel", "weight"),
-                             ("scale", "weight")]:
-                name = name.replace(old, new)
-            state[name.replace("/", ".")] = value.permute(3, 2, 0, 1) if value.ndim == 4 else value      # HWIO to OIHW
-    result = net.load_state_dict(state, strict=False)
-    assert not result.unexpected_keys
-    assert {k.split(".")[0] for k in result.missing_keys} == {"bridge", "ups", "out", "head"}             # no encoder
-    return net
+def official_mae(folder):
+    """The encoder of the golden file, read from an artifact in which everything else is random."""
+    arrays = {key.removeprefix("A/params/"): GOLDEN_MAE[key] for key in GOLDEN_MAE.files if key.startswith("A/params/")}
+    shapes = {"decoder/bridge/conv": (3, 3, 64, 64), "decoder/bridge/gn": (64,), "decoder/head": (1, 1, 8, 3),
+              "fc": (64, 11)}
+    for up, skip, c_in, c_out in (("up43", 32, 64, 32), ("up32", 16, 32, 16), ("up21", 8, 16, 8), ("up10", 8, 8, 8)):
+        shapes |= {f"decoder/{up}/concat_norm_fn": (c_in + skip,), f"decoder/{up}/proj/gn": (c_out,),
+                   f"decoder/{up}/proj/conv": (3, 3, c_in + skip, c_out), f"decoder/{up}/refine/gn": (c_out,),
+                   f"decoder/{up}/refine/conv": (3, 3, c_out, c_out)}
+    for name, shape in shapes.items():
+        arrays[f"{name}/{'scale' if len(shape) == 1 else 'kernel'}"] = np.random.randn(*shape).astype(np.float32)
+        if len(shape) == 1 or name in ("fc", "decoder/head"):
+            arrays[f"{name}/bias"] = np.random.randn(shape[-1]).astype(np.float32)
+    config = dict(num_classes=11, in_channels=3, base_channels=8, patch_size=2, dropout_prob=0.0, layers=[3, 4, 6, 3],
+                  use_bf16=False, input_patch_size=1)
+    write_artifact(folder, "mae", config, arrays)
+    return features.MAE.from_official(folder)
 
 
 @pytest.mark.parametrize("case", ["act", "act_small"])
-def test_official_mae_features(case):
+def test_official_mae_features(case, tmp_path):
     """All 85 features; the small input, whose variance is near the norms' eps, finds a wrong eps."""
     images = torch.from_numpy(GOLDEN_MAE["A/x" if case == "act" else "A/x_small"]).permute(0, 3, 1, 2)
-    feats = features.multiscale(official_mae().features(images))
+    feats = features.multiscale(official_mae(tmp_path).features(images))
     names = [key.removeprefix(f"A/{case}/") for key in GOLDEN_MAE.files if key.startswith(f"A/{case}/")]
     assert len(feats) == 85 and (set(names) == set(feats) if case == "act" else len(names) == 7)
     off = {name: relative(feats[name], torch.from_numpy(GOLDEN_MAE[f"A/{case}/{name}"])) for name in names}
@@ -409,17 +678,7 @@ def test_multiscale_of_a_map_by_hand():
 
 def timm_model(name, size, **kwargs):
     """A timm encoder with random weights; skips the test where timm is not installed."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed: pip install timm")
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # of another build of torch, it stops at two operators that no model here uses
-        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        timm_model.library = library                                                 # the operators live as long
+    needs("timm")
     return features.Timm(name, size, **{"pretrained": False} | kwargs)
 
 
@@ -628,6 +887,7 @@ def test_digits():
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and images.max() == 255
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180] and len(names) == 10
     assert torch.equal(data.to_uint8(data.to_float(images)), images)
+    assert data.to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 1.1])).tolist() == [0, 0, 128, 255, 255]
     assert data.load("digits", size=16)[0].shape == (1797, 1, 16, 16)
 
 
