@@ -560,6 +560,38 @@ def test_latents_are_kept_or_decoded(monkeypatch, tmp_path, capsys):
     assert "cannot decode" in bad(tmp_path / "gen", tmp_path / "none")
 
 
+def test_fine_tuning_of_an_official_generator(monkeypatch, tmp_path, capsys):
+    """On a folder of two classes, in the features of an official encoder; then on from its own checkpoint."""
+    write_folder(tmp_path / "pets")
+    mae = features.MAE(3, 32, 4, layers=(1, 1, 1, 1), num_classes=11)
+    write_artifact(tmp_path / "mae", "mae", dict(num_classes=11, in_channels=3, base_channels=4, layers=[1, 1, 1, 1],
+                                                 input_patch_size=1), official_shapes(mae))
+    config = DiTConfig(input_size=32, patch_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=11)
+    with torch.device("meta"):
+        shapes = official_shapes(DiT(config))
+    write_artifact(tmp_path / "gen", "gen", official_config(config), shapes)
+    plan = ["train.py", *QUICK, "--dataset", f"folder:{tmp_path}/pets", "--data_dir", tmp_path / "data", "--n_pos", 4,
+            "--labels", 2, "--encoder", tmp_path / "mae", "--steps", 2, "--lr", 0, "--wd", 0]
+    run(monkeypatch, *plan, "--init", tmp_path / "gen", "--out", tmp_path / "a.pt", "--stop_after", 1)
+    assert "class table: 2 new rows, each the mean of the 11" in capsys.readouterr().out
+    start, (model, trained) = DiT.from_official(tmp_path / "gen"), DiT.load(tmp_path / "a.pt")
+    assert model.config.num_classes == 2 and trained["size"] == 32 and trained["patch"] == 8
+    mean = start.label_embed.weight.mean(0, keepdim=True)
+    torch.testing.assert_close(model.label_embed.weight.data, mean.expand(2, -1))
+    others = {k: v for k, v in start.state_dict().items() if k != "label_embed.weight"}
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in others.items())
+    run(monkeypatch, "train.py", "--resume", tmp_path / "a.pt", "--lr", 1e-3)               # needs the artifact no more
+    moved, _ = DiT.load(tmp_path / "a.pt")
+    assert moved.config == model.config and not torch.equal(moved.final_proj.weight, model.final_proj.weight)
+    run(monkeypatch, *plan, "--init", tmp_path / "a.pt", "--out", tmp_path / "b.pt")
+    assert "class table" not in capsys.readouterr().out.split("steps in")[-1]
+    assert torch.equal(DiT.load(tmp_path / "b.pt")[0].pos_embed, moved.pos_embed)
+    bad = lambda *args: fails(monkeypatch, capsys, "train.py", "--out", tmp_path / "c.pt", *args)
+    assert "gives 3 channels, the images of digits have 1" in bad("--init", tmp_path / "gen")
+    assert "is for images of 3 x 32^2, not 1 x 8^2" in bad("--encoder", tmp_path / "mae")
+    assert "no checkpoint" in bad("--init", tmp_path / "none.pt")
+
+
 def test_damaged_artifacts_are_one_line(monkeypatch, tmp_path, capsys):
     config = json.loads((ARTIFACT / "metadata.json").read_text())
     weights = (ARTIFACT / "ema_params.msgpack").read_bytes()

@@ -7,6 +7,9 @@ $ python train.py
 One GPU, a folder of images with one sub-folder per class, every flag overrides the data set's preset:
 $ python train.py --dataset folder:flowers --size 64 --model S --patch 4
 
+The authors' ImageNet generator, fine-tuned on a folder, in the features of their encoder:
+$ python train.py --dataset folder:flowers --init hf://pixel_B_sota --encoder hf://mae_pixel_640
+
 The drift measured in the features of an encoder trained on the data set and of a foundation model:
 $ python train.py --dataset cifar10 --encoder mae,dinov2
 
@@ -54,13 +57,15 @@ def parse(argv=None):
     p.add_argument("--size", type=int, default=8, help="image size in pixels")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the images")
     p.add_argument("--encoder", default="pixels", help="where the drift is measured, one or several with commas: "
-                   "pixels, mae (trained first if need be), FILE.pt of features.py, timm:NAME, " +
-                   ", ".join(features.ALIASES))
+                   "pixels, mae (trained first if need be), FILE.pt of features.py, hf://NAME or a folder of the "
+                   "authors, timm:NAME, " + ", ".join(features.ALIASES))
     p.add_argument("--encoder_weights", nargs="+", default=[], help="local weights of the timm encoders, in order")
     p.add_argument("--encoder_size", type=int, help="input size of the timm encoders, if not their own")
     p.add_argument("--judge", default="pixels", help="encoder by whose vectors the scores compare images")
     p.add_argument("--judge_weights", nargs="+", default=[], help="local weights of the judge")
     p.add_argument("--pools", type=int, nargs="*", default=[], help="mean-pooled copies of the pixels by these factors")
+    p.add_argument("--init", help="generator to start from, a checkpoint, hf://NAME or a folder of the authors; it "
+                   "decides --size, --model and --patch")
     p.add_argument("--model", default="tiny", choices=SIZES, help="size of the generator")
     p.add_argument("--patch", type=int, default=4, help="patch size in pixels")
     p.add_argument("--steps", type=int, default=600, help="planned training steps; the schedule follows it")
@@ -176,6 +181,9 @@ def main(argv=None):
     try:  # what a user can get wrong is found here, before anything is written
         if rank > 0:
             dist.barrier()                                   # rank 0 alone downloads and builds caches
+        if args.init and not checkpoint:
+            model, _ = DiT.load(args.init)
+            args.size, args.model, args.patch = model.config.input_size, args.init, model.config.patch_size
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
         if rank == 0 and world > 1:
             dist.barrier()
@@ -183,10 +191,20 @@ def main(argv=None):
         if count.min() < args.n_pos:
             raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
                              "of a class: lower --n_pos or add images")
-        config = DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1], patch_size=args.patch,
-                                 num_classes=len(names))
         torch.manual_seed(args.seed)
-        model = DiT(config).to(device)
+        if checkpoint:
+            model = DiT(DiTConfig(**checkpoint["config"]))
+        elif args.init:
+            if model.config.in_channels != images.shape[1]:
+                raise ValueError(f"{args.init} gives {model.config.in_channels} channels, the images of {args.dataset} "
+                                 f"have {images.shape[1]}")
+            if model.config.num_classes != len(names):
+                say(f"class table: {len(names)} new rows, each the mean of the {model.config.num_classes} old ones")
+                model.resize_classes(len(names))
+        else:
+            model = DiT(DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1],
+                                        patch_size=args.patch, num_classes=len(names)))
+        model = model.to(device)
         ema = deepcopy(model).requires_grad_(False)
         out = Path(args.out)
         if out.is_dir():
@@ -234,7 +252,7 @@ def main(argv=None):
             temporary = f"{out}.tmp"
             torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                         "step": step, "rng": {k: g.get_state() for k, g in rng.items()} | {"device": device.type},
-                        "args": stored, "config": asdict(config)}, temporary)
+                        "args": stored, "config": asdict(model.config)}, temporary)
             os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
 
     kernel = dict(taus=args.taus, iters=args.iters, floor=args.floor)
