@@ -37,9 +37,15 @@ def _float(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def squared_distance(x, y):
+    """|x - y|^2 between the rows of x [..., N, C] and of y [..., M, C]: [..., N, M], up to rounding, even below zero."""
+    xy = x @ y.transpose(-1, -2)                                                 # far faster than to take differences
+    return xy.mul_(-2).add_(x.square().sum(-1).unsqueeze(-1)).add_(y.square().sum(-1).unsqueeze(-2))
+
+
 def distance(x, y):
     """Euclidean distances [..., N, M] between the rows of x [..., N, C] and of y [..., M, C], at least 1e-4."""
-    return torch.cdist(x, y).clamp_(min=1e-4)
+    return squared_distance(x, y).clamp_(min=1e-8).sqrt_()
 
 
 def affinity(dist, tau, mask_self=False, iters=1, floor=0.0):
@@ -53,21 +59,21 @@ def affinity(dist, tau, mask_self=False, iters=1, floor=0.0):
     if mask_self:
         logit.diagonal(dim1=-2, dim2=-1).sub_(1e6)      # finite: with N = 1 the softmax over x of -inf would be NaN
     for _ in range(iters):
-        logit = (logit.log_softmax(-1) + logit.log_softmax(-2)) / 2                              # over y, over x
+        logit = logit.log_softmax(-1).add_(logit.log_softmax(-2)).div_(2)                        # over y, over x
     if floor:
-        logit = logit.clamp(min=math.log(floor) / 2)
-    return logit.exp()
+        logit.clamp_(min=math.log(floor) / 2)
+    return logit.exp_()
 
 
-def _field(dist, y, w, M, tau, mask_self, iters, floor):
-    """V [..., N, C] from dist [..., N, M + P] to y [..., M + P, C], weighted by w, the first M of them negatives."""
+def _weights(dist, w, M, tau, mask_self, iters, floor):
+    """W [..., N, M + P] with V = W @ y: dist [..., N, M + P] to targets of weights w, the first M of them negatives."""
     A = affinity(dist, tau, mask_self, iters, floor)                                               # [..., N, M + P]
     A = A.mul_(w.unsqueeze(-2))   # after the softmaxes: a weight scales a force, not the mass that others compete for
     A_neg, A_pos = A.split([M, A.shape[-1] - M], dim=-1)
     sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)                         # [..., N, 1]
-    A_pos.mul_(sum_neg)                                                                                      # W_pos
-    A_neg.mul_(-sum_pos)                                          # -W_neg; each row of [-W_neg, W_pos] sums to zero
-    return A @ y                                                    # W_pos @ y_pos - W_neg @ y_neg, [..., N, C]
+    A_pos.mul_(sum_neg)
+    A_neg.mul_(-sum_pos)                                 # the same memory: A is now W, and each of its rows sums to zero
+    return A
 
 
 @torch.no_grad()
@@ -82,74 +88,109 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
     with exact_float32(x.device.type):
         x, y, w = _float(x), _float(torch.cat([y_neg, y_pos], dim=-2)), y_neg.new_ones(y_neg.shape[:-1])
         w = torch.cat([w if w_neg is None else w_neg, y_pos.new_ones(y_pos.shape[:-1])], dim=-1)          # [..., M + P]
-        centre = y.mean(-2, keepdim=True)          # V does not see a shift; distances of far-off points lose digits
+        centre = x.mean(-2, keepdim=True)          # V does not see a shift; distances of far-off points lose digits
         x, y = x - centre, y - centre
-        return _field(distance(x, y), y, w, y_neg.shape[-2], tau, mask_self, iters, floor)
+        return _weights(distance(x, y), w, y_neg.shape[-2], tau, mask_self, iters, floor) @ y
 
 
-def drift_loss(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=(0.02, 0.05, 0.2), iters=1, floor=0.0,
-               chunk=None):
-    """The loss of one feature (Algorithm 1, A.6): features normalised, drifts normalised and summed over taus.
+@torch.no_grad()
+def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=(0.02, 0.05, 0.2), iters=1, floor=0.0,
+                 chunk=None, reduce=lambda t: t):
+    """What one feature is to regress on (Algorithm 1, A.6): features normalised, drifts normalised and summed over taus.
 
     x      [G, N, C]  generated; G groups (classes x locations of the feature), N samples, negatives of one another
     y_pos  [G, P, C]  real, of the group's class
     y_unc  [G, U, C]  real, of any class: further negatives, weighted by w_unc for guidance
     w_unc  [G, U], w_pos [G, P], w_gen [G, N]: weights of the targets, 1 if absent
     taus              kernel widths, in units of the mean distance between samples and targets
-    chunk             groups whose N x (N + U + P) matrices are held at a time; None: as many as fit in 16 MB
+    chunk             groups whose N x (N + U + P) matrices are held at a time; None: what fits a cache, on a GPU memory
+    reduce            sums a tensor over the ranks of a job, each of which has groups of its own
 
-    -> loss (scalar; its gradient reaches x only) and stats: `scale`, the mean distance, and `drift` [len(taus)], the
-    mean square of each raw field in normalised features. **Watch drift, not the loss**: every field is divided by its
-    own root mean square, so that the loss is about the same number from the first step to the last.
+    -> target [G, N, C], the scalar s that divides x, and stats: `scale`, the mean distance, and `drift` [len(taus)],
+    the mean square of each raw field in normalised features. The loss is the mean square of x / s - target.
     """
     G, N, C = x.shape
-    x = _float(x)
-    with torch.no_grad(), exact_float32(x.device.type):
-        targets = [(x, w_gen), (y_unc, w_unc), (y_pos, w_pos)]
-        targets = [(y, x.new_ones(y.shape[:2]) if w is None else w) for y, w in targets if y is not None]
-        y, w = (torch.cat([_float(t) for t in both], dim=1) for both in zip(*targets))    # [G, N + U + P, C] and [..]
-        centre = y.mean(1, keepdim=True)                                                                     # [G, 1, C]
-        y = y - centre
-        M = y.shape[1] - y_pos.shape[1]                                                         # negatives: x and y_unc
+    with exact_float32(x.device.type):
+        parts = [(y, y.new_ones(y.shape[:2]) if w is None else w)
+                 for y, w in ((x, w_gen), (y_unc, w_unc), (y_pos, w_pos)) if y is not None]
+        T, w = sum(y.shape[1] for y, _ in parts), torch.cat([_float(w) for _, w in parts], dim=1)         # N + U + P
+        M = T - y_pos.shape[1]                                                                  # negatives: x and y_unc
 
-        chunk = chunk or max(1, 2**22 // (N * y.shape[1]))
+        cells = 2**18 if x.device.type == "cpu" else 2**26                     # numbers that are worked on at a time
+        chunk = chunk or max(1, cells // (N * T))
         chunks = [slice(i, i + chunk) for i in range(0, G, chunk)]
-        total = 0
-        for g in chunks:
-            dist = distance(y[g, :N], y[g])                                                          # [g, N, N + U + P]
-            total += (dist * w[g, None]).sum()
-        scale = total / (N * w.sum())                                   # weighted mean distance, one number per feature
+        some = max(1, 2 * cells // (chunk * T))
+        channels = [slice(i, i + some) for i in range(0, C, some)]
+
+        def centred(g, c):  # V does not see a shift; the distance of two x loses digits if they are far from the origin
+            y = torch.cat([_float(y[g, :, c]) for y, _ in parts], dim=1)                                 # [g, T, c]
+            return y.sub_(y[:, :N].mean(1, keepdim=True))
+
+        def dist(g):                                                                                     # [g, N, T]
+            return sum(squared_distance(y[:, :N], y) for c in channels for y in [centred(g, c)]).clamp_(min=1e-8).sqrt_()
+
+        # To keep all distances saves time if they are few, and costs more memory than it is worth if they are many.
+        kept = [dist(g) for g in chunks] if G * N * T <= 16 * cells else None
+        dists = lambda: zip(chunks, kept or map(dist, chunks))
+        total = sum((d * w[g, None]).sum() for g, d in dists())
+        total, weight = reduce(torch.stack([total, N * w.sum()]))
+        scale = total / weight                                          # weighted mean distance, one number per feature
         s = (scale / C**0.5).clamp(min=1e-3)               # divides coordinates: distances are then about sqrt(C) (A.6)
 
-        V = x.new_empty(len(taus), G, N, C)
-        for g in chunks:
-            if len(chunks) > 1:  # to keep every matrix would cost more memory than to have it again costs time
-                dist = distance(y[g, :N], y[g])
-            for t, tau in enumerate(taus):
-                V[t, g] = _field(dist, y[g], w[g], M, tau * scale.clamp(min=1e-3), True, iters, floor) / s
-        drift = V.square().mean((1, 2, 3))                                                                 # [len(taus)]
-        V = (V / drift.clamp(min=1e-8).sqrt().view(-1, 1, 1, 1)).sum(0)                                      # [G, N, C]
-        target = y[:, :N] / s + V
-    loss = F.mse_loss((x - centre) / s, target)
-    return loss, {"scale": scale, "drift": drift}
+        target, drift = torch.zeros_like(x, dtype=w.dtype), []
+        for tau in taus:
+            V, square = [], 0
+            for g, d in dists():
+                W = _weights(d, w[g], M, tau * scale.clamp(min=1e-3), True, iters, floor)
+                for c in channels:
+                    V.append((g, c, (W @ centred(g, c)).div_(s)))
+                    square = square + V[-1][2].square().sum()
+            square, count = reduce(torch.stack([square, torch.full_like(square, target.numel())]))
+            drift.append(square / count)
+            for g, c, v in V:
+                target[g, :, c].addcmul_(v, drift[-1].clamp(min=1e-8).rsqrt())
+            del V, v, W                                                              # before the next ones are made
+        return target.addcmul_(_float(x), 1 / s), s, {"scale": scale, "drift": torch.stack(drift)}
+
+
+def drift_loss(x, *args, **kwargs):
+    """The loss of one feature, whose gradient reaches x only, and stats; arguments and stats of drift_target().
+
+    **Watch stats["drift"], not the loss**: every field is divided by its own root mean square, so that the loss is
+    about the same number from the first step to the last.
+    """
+    target, s, stats = drift_target(x, *args, **kwargs)
+    return F.mse_loss(_float(x) / s, target), stats
+
+
+def features_target(fx, fp, fu, alpha, **kwargs):
+    """The targets of a step, for all features: {name: (target [L * N, l, C], s)}, to be used by regress().
+
+    fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]} unconditional, for
+    L labels and the feature's l locations; alpha [L], their guidance strengths; kwargs: of drift_target. Every feature
+    that is done is taken out of the dictionaries, to free its memory.
+    -> targets, and the mean over names of [drift of each tau, scale], [len(taus) + 1].
+    """
+    L, targets, stats = len(alpha), {}, []
+    for name in list(fx):
+        x, y_pos, y_unc = (rearrange(f.pop(name), "(L n) l c -> (L l) n c", L=L) for f in (fx, fp, fu))
+        w_unc = (alpha - 1) * (x.shape[1] - 1) / max(1, y_unc.shape[1])                                            # [L]
+        w_unc = w_unc.repeat_interleave(len(x) // L)[:, None].expand(y_unc.shape[:2])                       # [L * l, U]
+        target, s, stat = drift_target(x, y_pos, y_unc, w_unc, **kwargs)
+        targets[name] = rearrange(target, "(L l) n c -> (L n) l c", L=L), s
+        stats.append(torch.cat([stat["drift"], stat["scale"][None]]))
+    return targets, torch.stack(stats).mean(0)
+
+
+def regress(fx, targets, rows=slice(None)):
+    """The loss of a step: those of all features, added (A.6). fx, of the samples that rows names, or of all."""
+    return sum(F.mse_loss(_float(fx[name]) / s, target[rows]) for name, (target, s) in targets.items())
 
 
 def features_loss(fx, fp, fu, alpha, **kwargs):
-    """The loss of a step: the drift losses of all features, added (A.6). Nothing weighs them: each has its own scale.
-
-    fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]} unconditional, for
-    L labels and the feature's l locations; alpha [L], their guidance strengths; kwargs: taus, iters, floor.
-    -> loss, and the mean over names of [drift of each tau, scale], [len(taus) + 1].
-    """
-    L, losses, stats = len(alpha), [], []
-    for name in fx:
-        x, y_pos, y_unc = (rearrange(f[name], "(L n) l c -> (L l) n c", L=L) for f in (fx, fp, fu))
-        w_unc = (alpha - 1) * (x.shape[1] - 1) / max(1, y_unc.shape[1])                                            # [L]
-        w_unc = w_unc.repeat_interleave(len(x) // L)[:, None].expand(y_unc.shape[:2])                       # [L * l, U]
-        loss, stat = drift_loss(x, y_pos, y_unc, w_unc, **kwargs)
-        losses.append(loss)
-        stats.append(torch.cat([stat["drift"], stat["scale"][None]]))
-    return sum(losses), torch.stack(stats).mean(0)
+    """Both at once: the loss of a step, and stats; arguments of features_target(). Nothing weighs the features."""
+    targets, stats = features_target(dict(fx), dict(fp), dict(fu), alpha, **kwargs)
+    return regress(fx, targets), stats
 
 
 def swiss_roll(n, generator):

@@ -274,10 +274,12 @@ def test_guidance_weight_follows_the_label(monkeypatch):
     """In the loss of a step, only the groups whose alpha is above 1 are pushed from the unconditional images."""
     x, pos, unc = torch.randn(8, 2, 5), torch.randn(6, 2, 5) + 1, torch.randn(6, 2, 5) - 1       # 2 labels, 2 locations
     seen = []
-    monkeypatch.setattr(drift, "drift_loss", lambda x, y, u, w, **k: (
-        seen.append((x, y, u, w)), drift_loss(x, y, u, w, **k))[1])
-    drift.features_loss({"f": x}, {"f": pos}, {"f": unc}, torch.tensor([1.0, 3.0]))
+    target = drift.drift_target
+    monkeypatch.setattr(drift, "drift_target", lambda x, y, u, w, **k: (
+        seen.append((x, y, u, w)), target(x, y, u, w, **k))[1])
+    loss, _ = drift.features_loss({"f": x}, {"f": pos}, {"f": unc}, torch.tensor([1.0, 3.0]))
     (gx, gy, gu, w), = seen
+    assert loss.item() == pytest.approx(drift_loss(gx, gy, gu, w)[0].item(), rel=1e-5)
     assert w.tolist() == [[0, 0, 0]] * 2 + [[2.0, 2.0, 2.0]] * 2                    # (alpha - 1) (N - 1) / U
     assert torch.equal(gx[3], x[4:, 1]) and torch.equal(gy[2], pos[3:, 0]) and torch.equal(gu[1], unc[:3, 1])
 
