@@ -113,8 +113,8 @@ class Sampler:
 
 
 def to_float(images):
-    """uint8 -> float32 in [-1, 1]"""
-    return images.float() / 127.5 - 1
+    """uint8 -> float in [-1, 1]"""
+    return images.to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def to_uint8(images):

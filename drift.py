@@ -38,7 +38,7 @@ def _float(x):
 
 
 def squared_distance(x, y):
-    """|x - y|^2 between the rows of x [..., N, C] and of y [..., M, C]: [..., N, M], up to rounding, even below zero."""
+    """|x - y|^2 between the rows of x [..., N, C] and y [..., M, C]: [..., N, M], up to rounding, even below zero."""
     xy = x @ y.transpose(-1, -2)                                                 # far faster than to take differences
     return xy.mul_(-2).add_(x.square().sum(-1).unsqueeze(-1)).add_(y.square().sum(-1).unsqueeze(-2))
 
@@ -72,7 +72,7 @@ def _weights(dist, w, M, tau, mask_self, iters, floor):
     A_neg, A_pos = A.split([M, A.shape[-1] - M], dim=-1)
     sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)                         # [..., N, 1]
     A_pos.mul_(sum_neg)
-    A_neg.mul_(-sum_pos)                                 # the same memory: A is now W, and each of its rows sums to zero
+    A_neg.mul_(-sum_pos)                                     # the same memory: A is now W, and its rows sum to zero
     return A
 
 
@@ -96,7 +96,7 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
 @torch.no_grad()
 def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=(0.02, 0.05, 0.2), iters=1, floor=0.0,
                  chunk=None, reduce=lambda t: t):
-    """What one feature is to regress on (Algorithm 1, A.6): features normalised, drifts normalised and summed over taus.
+    """What a feature is to regress on (Algorithm 1, A.6): features normalised, drifts normalised and summed over taus.
 
     x      [G, N, C]  generated; G groups (classes x locations of the feature), N samples, negatives of one another
     y_pos  [G, P, C]  real, of the group's class
@@ -127,7 +127,8 @@ def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=
             return y.sub_(y[:, :N].mean(1, keepdim=True))
 
         def dist(g):                                                                                     # [g, N, T]
-            return sum(squared_distance(y[:, :N], y) for c in channels for y in [centred(g, c)]).clamp_(min=1e-8).sqrt_()
+            square = sum(squared_distance(y[:, :N], y) for y in (centred(g, c) for c in channels))
+            return square.clamp_(min=1e-8).sqrt_()
 
         # To keep all distances saves time if they are few, and costs more memory than it is worth if they are many.
         kept = [dist(g) for g in chunks] if G * N * T <= 16 * cells else None

@@ -18,6 +18,7 @@ $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 $ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
 """
 import argparse
+import hashlib
 import math
 import os
 import signal
@@ -36,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import data
 import features
-from drift import features_loss
+from drift import features_loss, features_target, regress
 from model import SIZES, DiT, DiTConfig
 
 PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
@@ -78,6 +79,7 @@ def parse(argv=None):
     p.add_argument("--n_gen", type=int, default=32, help="generated samples per label")
     p.add_argument("--n_pos", type=int, default=32, help="real images per label")
     p.add_argument("--n_unc", type=int, default=8, help="real images of any class per label, for guidance; 0: none")
+    p.add_argument("--micro_batch", type=int, help="generated samples of a rank at a time: same gradient, less memory")
     p.add_argument("--taus", type=float, nargs="+", default=[0.02, 0.05, 0.2], help="kernel widths / mean distance")
     p.add_argument("--iters", type=int, default=2, help="Sinkhorn steps of the affinity; 1 is Algorithm 2")
     p.add_argument("--floor", type=float, default=0.0, help="1e-6 is the official code's floor of the affinity")
@@ -109,8 +111,8 @@ def parse(argv=None):
             if getattr(args, name) != checkpoint["args"][name]:
                 p.error(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of {args.resume}")
     for name, least in dict(size=1, patch=1, steps=1, warmup=0, labels=1, n_gen=2, n_pos=1, n_unc=0, iters=1,
-                            alpha_max=1, log_every=1, eval_every=1, n_eval=2).items():
-        if getattr(args, name) < least:
+                            micro_batch=1, alpha_max=1, log_every=1, eval_every=1, n_eval=2).items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
             p.error(f"--{name} must be at least {least}")
     if min(args.taus) <= 0 or not 0 <= args.decay <= 1:
         p.error("--taus must be above 0, --decay from 0 to 1")
@@ -130,6 +132,16 @@ def draw_alpha(n, args, generator):
     else:
         alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)                                  # inverse of the CDF
     return torch.where(u[1] < args.alpha_one, torch.ones_like(alpha), alpha)
+
+
+def stream(device, *key):
+    """A torch.Generator that depends on the key only, such as (seed, purpose, step, position).
+
+    So what a position of the step's labels gets does not depend on how many ranks there are, on how it is cut into
+    micro-batches, or on where a resumed run began; and changing what one purpose draws reshuffles no other.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def learning_rate(step, args):
@@ -162,6 +174,90 @@ def score_text(score):
     return "fd {fd:.3f}  nearest-neighbour accuracy {acc:.3f}  std {std:.3f}  copies {copies:.1%}".format(**score)
 
 
+def build_model(args, checkpoint, initial, channels, num_classes, say):
+    """The generator to train: that of a resumed checkpoint, initial with a class table that fits, or a new one."""
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        return DiT(DiTConfig(**checkpoint["config"]))
+    if not initial:
+        return DiT(DiTConfig.named(args.model, input_size=args.size, in_channels=channels, patch_size=args.patch,
+                                   num_classes=num_classes))
+    if initial.config.in_channels != channels:
+        raise ValueError(f"{args.init} gives {initial.config.in_channels} channels, the images of {args.dataset} have "
+                         f"{channels}")
+    if initial.config.num_classes != num_classes:
+        say(f"class table: {num_classes} new rows, each the mean of the {initial.config.num_classes} old ones")
+        initial.resize_classes(num_classes)
+    return initial
+
+
+def build_encoders(args, sampler, num_classes, say):
+    """--encoder and --judge as functions; trains the ResNet-MAE of the data set first if it is wanted and missing."""
+    _, channels, size, _ = sampler.images.shape
+    build = partial(features.Encoder, channels=channels, size=size, pools=args.pools, device=sampler.device,
+                    input_size=args.encoder_size)
+    plans = [(args.encoder.split(","), args.encoder_weights), (args.judge.split(","), args.judge_weights)]
+    if any("mae" in spec for spec, _ in plans):
+        name = Path(args.dataset.removeprefix("folder:")).resolve().name
+        path = Path(args.data_dir) / f"mae_{name}_{size}.pt"
+        if not path.exists():
+            for spec, weights in plans:                        # if the others cannot be had, say so before training
+                build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
+            say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
+        patches = [k for k in range(1, size) if size % k == 0 and size // k >= 14]
+        features.train_mae(path, sampler, num_classes, patch=max(patches, default=1), say=say)
+        plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
+    return [build(",".join(spec), weights=weights) for spec, weights in plans]
+
+
+def gradient(step, args, mine, sampler, model, forward, encode, kernel):
+    """Adds the gradient of a step's loss to the parameters, of the labels in the slice mine; returns the drift's stats.
+
+    Exact micro-batching: what couples the samples of a step is the drift alone, and it only makes targets, which are
+    constants. So all samples are generated without gradient, for their features and targets; then part by part again,
+    with gradient, each sample regressed on its own target. The parts add up to the gradient of the whole batch, for one
+    more forward pass, and activations are held for one part at a time. If there is one part, nothing is done twice.
+    """
+    device, draw, N = torch.device(sampler.device), partial(stream, sampler.device, args.seed, step), args.n_gen
+    classes = model.config.num_classes
+    rounds = range(math.ceil(args.labels / classes))                        # no class twice before every class came once
+    label = torch.cat([torch.randperm(classes, generator=draw("labels", i), device=device) for i in rounds])
+    label = label[:args.labels]                                                                                   # [L]
+    alpha = draw_alpha(args.labels, args, draw("alpha")) if args.n_unc else torch.ones(args.labels, device=device)
+    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, draw("data"), mine)      # [l, P, C, H, W], [l, U, C, H, W]
+    label, alpha = (t[mine].repeat_interleave(N) for t in (label, alpha))                                      # [l * N]
+    micro = args.micro_batch or len(label)
+    parts = [slice(i, min(i + micro, len(label))) for i in range(0, len(label), micro)]
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def generated(rows):
+        """Features of the samples rows: the same samples whenever it is called in this step."""
+        first, last = rows.start // N, (rows.stop - 1) // N                                        # places in the share
+        draws = [model.draw(N, draw("noise", mine.start + i)) for i in range(first, last + 1)]
+        noise, style = (torch.cat(d)[rows.start - first * N:rows.stop - first * N] for d in zip(*draws))
+        with autocast():
+            return encode(forward(noise, style, label[rows], alpha[rows]).to(pos.dtype))
+
+    def join(fs):
+        return fs[0] if len(fs) == 1 else {name: torch.cat([f.pop(name) for f in fs]) for name in list(fs[0])}
+
+    with torch.no_grad(), autocast():
+        real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
+        fr = join([encode(part) for part in real.split(args.micro_batch or len(real))])
+    n = pos.shape[0] * pos.shape[1]
+    fp, fu = {name: f[:n] for name, f in fr.items()}, {name: f[n:] for name, f in fr.items()}
+    del fr                                                 # features_target() takes out, and frees, what it has used
+    with torch.set_grad_enabled(len(parts) == 1):
+        fx = join([generated(rows) for rows in parts])
+    # The loss is about the same number in every step, because each field is normalised by its own size. Whether
+    # training works shows in the raw drift, which comes near that of real images, and in the scores.
+    targets, stats = features_target(dict(fx) if len(parts) == 1 else fx, fp, fu, alpha[::N], **kernel)
+    for rows in parts:
+        loss = regress(fx if len(parts) == 1 else generated(rows), targets, rows)
+        (loss * ((rows.stop - rows.start) / len(label))).backward()
+    return stats
+
+
 def main(argv=None):
     p, args, checkpoint = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -181,9 +277,10 @@ def main(argv=None):
     try:  # what a user can get wrong is found here, before anything is written
         if rank > 0:
             dist.barrier()                                   # rank 0 alone downloads and builds caches
+        initial = None
         if args.init and not checkpoint:
-            model, _ = DiT.load(args.init)
-            args.size, args.model, args.patch = model.config.input_size, args.init, model.config.patch_size
+            initial, _ = DiT.load(args.init)
+            args.size, args.model, args.patch = initial.config.input_size, args.init, initial.config.patch_size
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
         if rank == 0 and world > 1:
             dist.barrier()
@@ -191,68 +288,33 @@ def main(argv=None):
         if count.min() < args.n_pos:
             raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
                              "of a class: lower --n_pos or add images")
-        torch.manual_seed(args.seed)
-        if checkpoint:
-            model = DiT(DiTConfig(**checkpoint["config"]))
-        elif args.init:
-            if model.config.in_channels != images.shape[1]:
-                raise ValueError(f"{args.init} gives {model.config.in_channels} channels, the images of {args.dataset} "
-                                 f"have {images.shape[1]}")
-            if model.config.num_classes != len(names):
-                say(f"class table: {len(names)} new rows, each the mean of the {model.config.num_classes} old ones")
-                model.resize_classes(len(names))
-        else:
-            model = DiT(DiTConfig.named(args.model, input_size=args.size, in_channels=images.shape[1],
-                                        patch_size=args.patch, num_classes=len(names)))
+        model = build_model(args, checkpoint, initial, images.shape[1], len(names), say)
         model = model.to(device)
         ema = deepcopy(model).requires_grad_(False)
         out = Path(args.out)
         if out.is_dir():
             raise ValueError(f"{out} is a folder: --out names the checkpoint file")
         out.parent.mkdir(parents=True, exist_ok=True)
-        sampler, shape = data.Sampler(images, labels, device, args.flip), images.shape[1:3]
-        build = partial(features.Encoder, channels=shape[0], size=shape[1], pools=args.pools, device=device,
-                        input_size=args.encoder_size)
-        plans = [(args.encoder.split(","), args.encoder_weights), (args.judge.split(","), args.judge_weights)]
-        if any("mae" in spec for spec, _ in plans):
-            name = Path(args.dataset.removeprefix("folder:")).resolve().name
-            path = Path(args.data_dir) / f"mae_{name}_{args.size}.pt"
-            if not path.exists():
-                for spec, weights in plans:                    # if the others cannot be had, say so before training
-                    build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
-                say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
-            patches = [k for k in range(1, args.size) if args.size % k == 0 and args.size // k >= 14]
-            features.train_mae(path, sampler, len(names), patch=max(patches, default=1), say=say)
-            plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
-        encode, judge = (build(",".join(spec), weights=weights) for spec, weights in plans)
+        sampler = data.Sampler(images, labels, device, args.flip)
+        encode, judge = build_encoders(args, sampler, len(names), say)
     except (ValueError, OSError) as error:
         p.error(str(error))
 
     forward, encode = map(torch.compile, (model, encode)) if args.compile else (model, encode)
     params, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
-    # Every rank has the same streams, draws the whole step and uses its share: the images of a step do not depend on
-    # the number of ranks. One stream per purpose: changing one option does not reshuffle the others.
-    rng = {name: torch.Generator(device).manual_seed(args.seed + i * 10**6)
-           for i, name in enumerate(["data", "noise", "alpha"])}
     start = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-        if checkpoint["rng"]["device"] == device.type:
-            for name in rng:
-                rng[name].set_state(checkpoint["rng"][name])
-        else:
-            say(f"note: the run was on {checkpoint['rng']['device']}; on {device.type} the random streams start anew")
 
     def save(step):
         if rank == 0:
             temporary = f"{out}.tmp"
             torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step, "rng": {k: g.get_state() for k, g in rng.items()} | {"device": device.type},
-                        "args": stored, "config": asdict(model.config)}, temporary)
+                        "step": step, "args": stored, "config": asdict(model.config)}, temporary)
             os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
 
     kernel = dict(taus=args.taus, iters=args.iters, floor=args.floor)
@@ -286,6 +348,11 @@ def main(argv=None):
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
         print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
 
+    def reduce(t):
+        if world > 1:
+            dist.all_reduce(t)
+        return t
+
     stopped, stop = [], torch.tensor([0])
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: stopped.append(number))
@@ -294,29 +361,9 @@ def main(argv=None):
     for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        rounds = -(-args.labels // len(names))                   # no class comes twice before every class came once
-        label = torch.cat([torch.randperm(len(names), generator=rng["data"], device=device) for _ in range(rounds)])
-        label = label[:args.labels]                                                                               # [L]
-        alpha = draw_alpha(args.labels, args, rng["alpha"]) if args.n_unc else torch.ones(args.labels, device=device)
-        pos, unc = sampler.draw(label, args.n_pos, args.n_unc, rng["data"], mine)   # [l, P, C, H, W], [l, U, C, H, W]
-        noise, style = model.draw(args.labels * args.n_gen, rng["noise"])                                      # [L * N]
-        rows = slice(mine.start * args.n_gen, mine.stop * args.n_gen)
-        noise, style, label, alpha = noise[rows], style[rows], label[mine], alpha[mine]
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            x = forward(noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen))
-            fx = encode(x.float())
-            with torch.no_grad():
-                fr = encode(torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)]))                # all real images at once
-        fr = {k: f.split([len(pos) * args.n_pos, len(pos) * args.n_unc]) for k, f in fr.items()}
-        fp, fu = ({k: f[i] for k, f in fr.items()} for i in (0, 1))
-        # The loss is about the same number in every step, because each field is normalised by its own size. Whether
-        # training works shows in the raw drift, which comes near that of real images, and in the scores.
-        loss, stats = features_loss(fx, fp, fu, alpha, **kernel)
-        total = total + stats
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if world > 1:  # equal shares of the groups: the mean of the ranks' gradients is that of the whole step
+        total = total + gradient(step, args, mine, sampler, model, forward, encode, kernel | dict(reduce=reduce))
+        if world > 1:  # equal shares of the labels: the mean of the ranks' gradients is that of the whole step
             grads = [q.grad for q in params]
             flat = parameters_to_vector(grads)
             dist.all_reduce(flat)
@@ -334,13 +381,10 @@ def main(argv=None):
         log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
         if not (log or full or final):
             continue
-        if not math.isfinite(loss.item() + norm.item()):
-            sys.exit(f"step {done}: the loss is not finite. {out} keeps the last good step; lower --lr")
+        if not math.isfinite(norm.item()):
+            sys.exit(f"step {done}: the gradient is not finite. {out} keeps the last good step; lower --lr")
         if log:
             mean = total / (done - mark[0])
-            if world > 1:
-                dist.all_reduce(mean)
-                mean /= world
             speed = (done - mark[0]) / (time.time() - mark[1])                                       # steps per second
             left = timedelta(seconds=int((end - done) / speed))
             total, mark = 0, (done, time.time())
