@@ -106,8 +106,9 @@ def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=
     chunk             groups whose N x (N + U + P) matrices are held at a time; None: what fits a cache, on a GPU memory
     reduce            sums a tensor over the ranks of a job, each of which has groups of its own
 
-    -> target [G, N, C], the scalar s that divides x, and stats: `scale`, the mean distance, and `drift` [len(taus)],
-    the mean square of each raw field in normalised features. The loss is the mean square of x / s - target.
+    -> target [G, N, C], x plus the drift, in units of x; the scalar s that normalises x; and stats: `scale`, the mean
+    distance, and `drift` [len(taus)], the mean square of each raw field in normalised features. The loss of Algorithm 1
+    is the mean square of (x - target) / s.
     """
     G, N, C = x.shape
     with exact_float32(x.device.type):
@@ -119,7 +120,7 @@ def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=
         cells = 2**18 if x.device.type == "cpu" else 2**26                     # numbers that are worked on at a time
         chunk = chunk or max(1, cells // (N * T))
         chunks = [slice(i, i + chunk) for i in range(0, G, chunk)]
-        some = max(1, 2 * cells // (chunk * T))
+        some = max(768, 2 * cells // (chunk * T))
         channels = [slice(i, i + some) for i in range(0, C, some)]
 
         def centred(g, c):  # V does not see a shift; the distance of two x loses digits if they are far from the origin
@@ -127,31 +128,33 @@ def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=
             return y.sub_(y[:, :N].mean(1, keepdim=True))
 
         def dist(g):                                                                                     # [g, N, T]
-            square = sum(squared_distance(y[:, :N], y) for y in (centred(g, c) for c in channels))
+            square = 0
+            for y in (centred(g, c) for c in channels):
+                square = squared_distance(y[:, :N], y).add_(square)
             return square.clamp_(min=1e-8).sqrt_()
 
         # To keep all distances saves time if they are few, and costs more memory than it is worth if they are many.
-        kept = [dist(g) for g in chunks] if G * N * T <= 16 * cells else None
+        kept = [dist(g) for g in chunks] if G * N * T <= 32 * cells else None
         dists = lambda: zip(chunks, kept or map(dist, chunks))
-        total = sum((d * w[g, None]).sum() for g, d in dists())
+        total = sum((d.sum(1) * w[g]).sum() for g, d in dists())
         total, weight = reduce(torch.stack([total, N * w.sum()]))
         scale = total / weight                                          # weighted mean distance, one number per feature
         s = (scale / C**0.5).clamp(min=1e-3)               # divides coordinates: distances are then about sqrt(C) (A.6)
 
-        target, drift = torch.zeros_like(x, dtype=w.dtype), []
+        target, drift = _float(x).clone(), []
         for tau in taus:
             V, square = [], 0
             for g, d in dists():
                 W = _weights(d, w[g], M, tau * scale.clamp(min=1e-3), True, iters, floor)
                 for c in channels:
-                    V.append((g, c, (W @ centred(g, c)).div_(s)))
+                    V.append((g, c, W @ centred(g, c)))
                     square = square + V[-1][2].square().sum()
             square, count = reduce(torch.stack([square, torch.full_like(square, target.numel())]))
-            drift.append(square / count)
+            drift.append(square / count / s**2)
             for g, c, v in V:
                 target[g, :, c].addcmul_(v, drift[-1].clamp(min=1e-8).rsqrt())
             del V, v, W                                                              # before the next ones are made
-        return target.addcmul_(_float(x), 1 / s), s, {"scale": scale, "drift": torch.stack(drift)}
+        return target, s, {"scale": scale, "drift": torch.stack(drift)}
 
 
 def drift_loss(x, *args, **kwargs):
@@ -161,7 +164,7 @@ def drift_loss(x, *args, **kwargs):
     about the same number from the first step to the last.
     """
     target, s, stats = drift_target(x, *args, **kwargs)
-    return F.mse_loss(_float(x) / s, target), stats
+    return F.mse_loss(_float(x), target) / s**2, stats
 
 
 def features_target(fx, fp, fu, alpha, **kwargs):
@@ -185,7 +188,7 @@ def features_target(fx, fp, fu, alpha, **kwargs):
 
 def regress(fx, targets, rows=slice(None)):
     """The loss of a step: those of all features, added (A.6). fx, of the samples that rows names, or of all."""
-    return sum(F.mse_loss(_float(fx[name]) / s, target[rows]) for name, (target, s) in targets.items())
+    return sum(F.mse_loss(_float(fx[name]), target[rows]) / s**2 for name, (target, s) in targets.items())
 
 
 def features_loss(fx, fp, fu, alpha, **kwargs):

@@ -1226,14 +1226,25 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_bench_says_where_the_time_goes(monkeypatch, tiny_mae, capsys):
-    run(monkeypatch, "bench.py", "--size", 16, "--labels", 2, "--n_gen", 4, "--n_pos", 4, "--n_unc", 2, "--steps", 1,
-        "--encoder", tiny_mae, "--device", "cpu")
-    head, *lines = capsys.readouterr().out.strip().splitlines()
-    assert "2 x (4 generated, 4 positive, 2 unconditional), cpu" in head
-    shares = {line.split()[0]: float(line.split()[-1][:-1]) for line in lines}
-    assert list(shares) == ["generator", "encoder", "drift", "optimiser"] and abs(sum(shares.values()) - 100) < 1
+def test_bench_says_where_the_time_goes(monkeypatch, tmp_path, tiny_mae, capsys):
+    run(monkeypatch, "bench.py", "step", "sampling", "--size", 16, "--labels", 2, "--n_gen", 4, "--n_pos", 4, "--n_unc",
+        2, "--steps", 1, "--encoder", tiny_mae, "--device", "cpu", "--json", tmp_path / "a.json")
+    out = capsys.readouterr().out
+    assert "2 x (4 generated, 4 positive, 2 unconditional), cpu" in out and "called 50 times" in out
+    result = json.loads((tmp_path / "a.json").read_text())
+    pieces, net = result["step"]["pieces"], DiT(DiTConfig.named("tiny", input_size=16, patch_size=4))
+    assert list(pieces) == ["generator", "encoder", "drift", "optimiser"]
+    assert sum(p["seconds"] for p in pieces.values()) == pytest.approx(result["step"]["seconds"])
+    matrices = sum(m.weight.numel() for m in net.blocks.modules() if isinstance(m, torch.nn.Linear)) - sum(
+        block.adaln.weight.numel() for block in net.blocks)
+    assert pieces["generator"]["flop"] == pytest.approx(6 * 8 * 20 * matrices, rel=0.2)    # 8 images of 20 tokens
+    assert result["sampling"]["images_per_s"] > 10 * result["sampling"]["images_per_s_50_calls"]
+    if sys.platform == "linux":
+        command = [sys.executable, "bench.py", "--device", "cpu", "--memory_of", "100", "64", "64", "0", "64"]
+        job = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert float(job.stdout) > 100 * 64 * 64 * 4 / 2**20                                     # the gradient at least
     assert "none.pt" in fails(monkeypatch, capsys, "bench.py", "--encoder", "none.pt")
+    assert "there are drift, scaling" in fails(monkeypatch, capsys, "bench.py", "steps")
 
 
 def test_sample(monkeypatch, tmp_path, checkpoint, capsys):

@@ -220,7 +220,7 @@ def gradient(step, args, mine, sampler, model, forward, encode, kernel):
     """
     device, draw, N = torch.device(sampler.device), partial(stream, sampler.device, args.seed, step), args.n_gen
     classes = model.config.num_classes
-    rounds = range(math.ceil(args.labels / classes))                        # no class twice before every class came once
+    rounds = range(math.ceil(args.labels / classes))                       # no class twice before every class came once
     label = torch.cat([torch.randperm(classes, generator=draw("labels", i), device=device) for i in rounds])
     label = label[:args.labels]                                                                                   # [L]
     alpha = draw_alpha(args.labels, args, draw("alpha")) if args.n_unc else torch.ones(args.labels, device=device)
