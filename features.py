@@ -401,20 +401,6 @@ class Encoder(nn.Module):
                           for part in images.split(batch)])
 
 
-def frechet_distance(a, b):
-    """Frechet distance of two Gaussians fitted to a [N, C] and b [M, C], in float64 (Dowson and Landau, 1982).
-
-    |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). Not zero for two samples of one distribution:
-    it depends on N and M, so that only values of equal N, M and feature compare.
-    """
-    a, b = a.cpu().double(), b.cpu().double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    val, vec = torch.linalg.eigh(cov_a)
-    root = vec * val.clamp(min=0).sqrt() @ vec.T                                                       # cov_a^(1/2)
-    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()     # trace of (cov_a cov_b)^(1/2)
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
-
-
 def main():
     import argparse
 

