@@ -180,6 +180,16 @@ def score_text(score):
     return "fd {fd:.3f}  nearest-neighbour accuracy {acc:.3f}  std {std:.3f}  copies {copies:.1%}".format(**score)
 
 
+def peak_memory(device):
+    """GB that this process has held at most: on the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def build_model(args, checkpoint, initial, channels, num_classes, say):
     """The generator to train: that of a resumed checkpoint, initial with a class table that fits, or a new one."""
     torch.manual_seed(args.seed)
@@ -419,7 +429,8 @@ def main(argv=None):
             say(f"stopped after step {done}; go on with --resume {out}")
             break
     else:
-        say(f"{end - start} steps in {time.time() - began:.0f} s: {out}, {out.with_name('samples.png')}")
+        say(f"{end - start} steps in {time.time() - began:.0f} s, {peak_memory(device):.2f} GB: {out}, "
+            f"{out.with_name('samples.png')}")
     if world > 1:
         dist.barrier()                                            # rank 0 may still be judging samples; leave together
         dist.destroy_process_group()
