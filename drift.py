@@ -117,7 +117,7 @@ def drift_target(x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=
         T, w = sum(y.shape[1] for y, _ in parts), torch.cat([_float(w) for _, w in parts], dim=1)         # N + U + P
         M = T - y_pos.shape[1]                                                                  # negatives: x and y_unc
 
-        cells = 2**18 if x.device.type == "cpu" else 2**26                     # numbers that are worked on at a time
+        cells = 2**18 if x.device.type == "cpu" else 2**24                     # numbers that are worked on at a time
         chunk = chunk or max(1, cells // (N * T))
         chunks = [slice(i, i + chunk) for i in range(0, G, chunk)]
         some = max(768, 2 * cells // (chunk * T))

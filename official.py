@@ -38,8 +38,8 @@ def load(source, kind, build):
         with torch.device("meta"):                                                               # shapes, no memory
             net = build(config)
     except Exception as error:  # a file of unknown origin can hold anything
-        raise ValueError(f"{source}: metadata.json is not of a model that this code knows ({type(error).__name__}: "
-                         f"{error})") from None
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{source}: metadata.json is not of a model that this code knows ({text[:200]})") from None
     plan = {}
     for name, parameter in net.state_dict().items():
         keys, order = plan[name] = net.official_name(name)

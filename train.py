@@ -13,6 +13,9 @@ $ python train.py --dataset folder:flowers --init hf://pixel_B_sota --encoder hf
 The drift measured in the features of an encoder trained on the data set and of a foundation model:
 $ python train.py --dataset cifar10 --encoder mae,dinov2
 
+More samples than fit the memory at once; the gradient is the same:
+$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128
+
 Eight GPUs of one machine; then go on after a stop:
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 $ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
