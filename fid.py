@@ -150,14 +150,17 @@ def measure(batches, n, net, ref, what="samples"):
             "recall": recall, "n": len(f), "n_reference": ref["n"], "protocol": net.protocol}
 
 
+def fid_name(score):
+    smaller = min(score["n"], score["n_reference"])
+    return "FID" if smaller >= 10000 else f"FID-{smaller}"
+
+
 def text(score):
-    """One line; FID-n below 10,000 samples."""
-    n, smaller = score["n"], min(score["n"], score["n_reference"])
-    name = "FID" if smaller >= 10000 else f"FID-{smaller}"
+    """One line."""
     inception = "no classifier, no IS" if score["inception_score"] is None else f"IS {score['inception_score']:.2f}"
-    note = "  (fewer images than 2,048 features: far too large)" if smaller <= 2048 else ""
-    return (f"{name} {score['fid']:.2f}  {inception}  precision {score['precision']:.3f}  recall {score['recall']:.3f}"
-            f"  ({n:,} images against {score['n_reference']:,}, {score['protocol']}){note}")
+    few = "  (fewer images than 2,048 features: far too large)" if min(score["n"], score["n_reference"]) <= 2048 else ""
+    return (f"{fid_name(score)} {score['fid']:.2f}  {inception}  precision {score['precision']:.3f}  recall "
+            f"{score['recall']:.3f}  ({score['n']:,} images against {score['n_reference']:,}, {score['protocol']}){few}")
 
 
 def load_set(name, data_dir, size=None):
@@ -193,9 +196,9 @@ def draw(scores, path):
     plt.figure(figsize=(4, 3))
     plt.plot(x, [s["fid"] for s in scores], "o-")
     for at, s in zip(x, scores):
-        plt.annotate(f"{s['cfg']:g}", (at, s["fid"]))
+        plt.annotate(f"{s['cfg']:g}", (at, s["fid"]), xytext=(5, 5), textcoords="offset points")
     plt.xlabel("Inception score" if known else "--cfg")
-    plt.ylabel("FID")
+    plt.ylabel(fid_name(scores[0]))
     plt.savefig(path, dpi=150, bbox_inches="tight")
     print(path)
 
