@@ -158,9 +158,10 @@ def fid_name(score):
 def text(score):
     """One line."""
     inception = "no classifier, no IS" if score["inception_score"] is None else f"IS {score['inception_score']:.2f}"
-    few = "  (fewer images than 2,048 features: far too large)" if min(score["n"], score["n_reference"]) <= 2048 else ""
-    return (f"{fid_name(score)} {score['fid']:.2f}  {inception}  precision {score['precision']:.3f}  recall "
-            f"{score['recall']:.3f}  ({score['n']:,} images against {score['n_reference']:,}, {score['protocol']}){few}")
+    few = "  (fewer images than 2,048 features: too large)" if min(score["n"], score["n_reference"]) <= 2048 else ""
+    against = f"{score['n']:,} images against {score['n_reference']:,}, {score['protocol']}"
+    return (f"{fid_name(score)} {score['fid']:.2f}  {inception}  precision {score['precision']:.3f}  "
+            f"recall {score['recall']:.3f}  ({against}){few}")
 
 
 def load_set(name, data_dir, size=None):

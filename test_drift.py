@@ -1003,7 +1003,7 @@ def test_fid_of_a_generator(monkeypatch, tmp_path, checkpoint, capsys, stubs):
             tmp_path / "original.pt", "--json", tmp_path / "s.json", "--out", tmp_path / "fid.png"]
     run(monkeypatch, *plan, "--cfg", 1, 2)
     out = capsys.readouterr().out
-    assert "cfg 1  FID-30 " in out and "cfg 2  FID-30 " in out and "far too large" in out
+    assert "cfg 1  FID-30 " in out and "cfg 2  FID-30 " in out and "features: too large" in out
     assert (tmp_path / "fid.png").exists() or "pip install matplotlib" in out
     one, two = json.loads((tmp_path / "s.json").read_text())
     assert one["n"] == 30 and one["n_reference"] == 1797 and one["fid"] != two["fid"]
