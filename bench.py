@@ -173,8 +173,7 @@ def main():
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         step = lambda **more: step_cost(model, encode, optimizer, args.labels, args.n_gen, args.n_pos, args.n_unc,
                                         dict(iters=args.iters), **more)
-        flop, runs = step(count=True), []
-        memory = extra_memory(lambda: runs.append(step()), device)
+        flop, memory = step(count=True), extra_memory(step, device)
         runs = [step() for _ in range(args.steps)]
         whole = sum(sum(run.values()) for run in runs) / len(runs)
         print(f"\n{args.model}/{args.patch}, {args.encoder}, {args.labels} x ({args.n_gen} generated, {args.n_pos} "

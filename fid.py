@@ -129,7 +129,8 @@ def reference(images, name, net, folder, batch=100):
     The file's name has the set's name and number, a digest of a thousand of the images, and the network's protocol.
     """
     digest = hashlib.sha256(images[::math.ceil(len(images) / 1000)].numpy().tobytes()).hexdigest()[:8]
-    path = Path(folder) / f"fid-{name}-{images.shape[-1]}px-{len(images)}-{digest}-{net.protocol}.npz"
+    plain = re.sub(r"\W+", "-", name)
+    path = Path(folder) / f"fid-{plain}-{images.shape[-1]}px-{len(images)}-{digest}-{net.protocol}.npz"
     if not path.exists():
         f, _ = extract(images.split(batch), len(images), net, f"reference {name}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +241,7 @@ def main():
             raise ValueError("both sets must have at least 4 images")
     except (ValueError, OSError, RuntimeError) as error:
         p.error(" ".join(str(error).split())[:300])
-    ref = reference(second, re.sub(r"\W+", "-", names[-1]), net, args.data_dir, args.batch)
+    ref = reference(second, names[-1], net, args.data_dir, args.batch)
     for cfg in args.cfg if args.ckpt else [None]:
         if args.ckpt:
             label, generator = torch.arange(args.n, device=args.device) % model.config.num_classes, torch.Generator()

@@ -38,8 +38,7 @@ def load(source, kind, build):
         with torch.device("meta"):                                                               # shapes, no memory
             net = build(config)
     except Exception as error:  # a file of unknown origin can hold anything
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{source}: metadata.json is not of a model that this code knows ({text[:200]})") from None
+        raise ValueError(f"{source}: metadata.json is not of a model that this code knows ({_line(error)})") from None
     plan = {}
     for name, parameter in net.state_dict().items():
         keys, order = plan[name] = net.official_name(name)
@@ -60,6 +59,10 @@ def load(source, kind, build):
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
     net.load_state_dict(state, assign=True)
     return net
+
+
+def _line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _read(source, kind):
@@ -107,8 +110,7 @@ def _read(source, kind):
             if unpacker.tell() != size:
                 raise ValueError("something follows the weights")
     except Exception as error:  # a file of unknown origin can hold anything
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{file} is truncated, damaged or not of the authors' code ({text[:200]})") from None
+        raise ValueError(f"{file} is truncated, damaged or not of the authors' code ({_line(error)})") from None
     return config, arrays
 
 
@@ -125,8 +127,7 @@ def _fetch(name, kind):
         except ImportError:
             return _download(path, Path(torch.hub.get_dir()) / "drifting" / name)
     except Exception as error:  # network, disk, hub: each raises its own
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"cannot download hf://{name} ({text[:200]}): without a network, name a folder with "
+        raise OSError(f"cannot download hf://{name} ({_line(error)}): without a network, name a folder with "
                       f"{' and '.join(FILES)} instead") from None
 
 

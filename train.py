@@ -24,7 +24,6 @@ import argparse
 import hashlib
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -318,7 +317,7 @@ def main(argv=None):
         encode, judge = build_encoders(args, sampler, len(names), say)
         if args.fid_every and rank == 0:
             inception = fid.Inception(args.inception, device)
-            fid_real = fid.reference(images, re.sub(r"\W+", "-", args.dataset), inception, args.data_dir)
+            fid_real = fid.reference(images, args.dataset, inception, args.data_dir)
     except (ValueError, OSError) as error:
         p.error(str(error))
 
@@ -359,11 +358,15 @@ def main(argv=None):
         fx, fp, fu = (encode(part.flatten(0, 1)) for part in (x, pos, unc))
         print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), **kernel)[1], args.taus))
 
+    def samples(n, batch):
+        """The classes [n], in turn, and batches of samples of them as users get them: uint8, by averaged weights."""
+        wanted = torch.arange(n, device=device) % len(names)
+        generator = torch.Generator().manual_seed(args.seed)                                # the same noise every time
+        return wanted, (data.to_uint8(ema.generate(part, 1.0, generator)) for part in wanted.split(batch))
+
     def evaluate(step):
-        wanted = torch.arange(args.n_eval, device=device) % len(names)
-        generator = torch.Generator().manual_seed(args.seed)                       # the same noise every time
-        fake = torch.cat([ema.generate(part, 1.0, generator) for part in wanted.split(250)])
-        fake = data.to_uint8(fake)                                                       # judged as a user gets them
+        wanted, batches = samples(args.n_eval, 250)
+        fake = torch.cat(list(batches))
         data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
         fake = data.to_float(fake)
         score = score_text(scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
@@ -376,9 +379,7 @@ def main(argv=None):
         return t
 
     def evaluate_fid(step):
-        wanted = torch.arange(args.fid_n, device=device) % len(names)
-        generator = torch.Generator().manual_seed(args.seed)
-        batches = (data.to_uint8(ema.generate(part, 1.0, generator)) for part in wanted.split(100))
+        _, batches = samples(args.fid_n, 100)
         score = fid.measure(batches, args.fid_n, inception, fid_real, f"step {step}")
         print(f"{step:6d}  {fid.text(score)}", flush=True)
 
