@@ -138,6 +138,9 @@ def main():
     what = args.what or ["drift", "scaling", "step", "sampling"]
     if not {"drift", "scaling", "step", "sampling"}.issuperset(what):
         p.error(f"{' '.join(what)}: there are drift, scaling, step and sampling")
+    sizes = [getattr(args, k) for k in ("size", "patch", "channels", "labels", "n_gen", "n_pos", "iters", "steps")]
+    if not (1 <= min(sizes) and max(sizes) <= 10**6 and 0 <= args.n_unc <= 10**6 and 2 <= args.n_gen):
+        p.error("sizes and numbers must be at least 1, --n_gen 2")
     torch.manual_seed(0)
     try:
         device = torch.device(args.device)

@@ -16,7 +16,8 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
-import zlib
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 
+Image.init()
+FORMATS = tuple(set(Image.OPEN) - {"EPS"})                          # pillow gives those to an interpreter of PostScript
 DIGITS = Path(__file__).with_name("assets") / "digits.npz"
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
 IDX = {  # name: (folder, where to get it, {file: MD5 of its .gz}, class names)
@@ -62,6 +65,10 @@ def load(name, data_dir="data", size=None, split="train"):
         images, labels, names = _folder(Path(name.removeprefix("folder:")), Path(data_dir), size or 64)
     else:
         raise ValueError(f"unknown data set {name!r}: choose digits, mnist, fashion, cifar10 or folder:PATH")
+    N, _, H, W = images.shape
+    if not N or labels.shape != (N,) or labels.min() < 0 or labels.max() >= len(names) or H != W:
+        raise ValueError(f"{name} in {data_dir} holds {N} images of {W} x {H} and {len(labels)} labels of {len(names)} "
+                         "classes, which do not fit: delete it and run again")
     images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
     if size and size != images.shape[-1]:
         images = torch.cat([F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
@@ -122,13 +129,26 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@contextmanager
+def whole(path):
+    """Opens a file to write bytes that takes the name path only when all is on the disk: path is never half a file."""
+    part = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                             # else a crash of the machine may leave an empty file
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
 def save_image(image, path, scale=1):
-    """uint8 [C, H, W] (1 or 3 channels) to a file, each pixel drawn scale x scale."""
+    """uint8 [C, H, W] (1 or 3 channels) to a PNG file, each pixel drawn scale x scale."""
     array = image.cpu().permute(1, 2, 0).numpy()
     array = array.repeat(scale, 0).repeat(scale, 1)
-    temporary = f"{path}.tmp"
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(temporary, format="png")
-    os.replace(temporary, path)
+    with whole(path) as file:
+        Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file, format="png")
 
 
 def save_grid(images, path, columns):
@@ -146,26 +166,23 @@ def _progress(text, i, n):
 def _download(url, md5, path):
     """Downloads to a temporary name, checks, moves into place: path never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
     print(f"downloading {url}")
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as file:
-            total = int(response.headers.get("Content-Length", 0))
+        with urllib.request.urlopen(url, timeout=60) as response, whole(path) as file:
+            total, digest = int(response.headers.get("Content-Length", 0)), hashlib.md5()
             while block := response.read(1 << 20):
                 file.write(block)
+                digest.update(block)
                 _progress(f"{path.name}, bytes", file.tell(), total)
-        _check(part, md5, url)
-        os.replace(part, path)
+            _check(digest, md5, url)
     except OSError as error:
         raise OSError(f"cannot download {url} ({error}): put the file at {path} by hand") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _check(path, md5, source):
-    found = hashlib.md5(path.read_bytes()).hexdigest()
-    if found != md5:
-        raise ValueError(f"{source} has MD5 {found}, not {md5}: it is damaged or not the official file; delete it")
+def _check(digest, md5, source):
+    if digest.hexdigest() != md5:
+        raise ValueError(f"{source} has MD5 {digest.hexdigest()}, not {md5}: it is damaged or not the official file; "
+                         "delete it")
 
 
 def _idx(name, data_dir, split):
@@ -180,16 +197,16 @@ def _idx(name, data_dir, split):
             _download(url + packed.name, md5, packed)
         path = plain if plain.exists() else packed
         try:
-            raw = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
+            with open(path, "rb") if path == plain else gzip.open(path) as stream:
+                raw = stream.read(2**27)                                # more than any of these files, less than a bomb
             dims = np.frombuffer(raw, ">i4", raw[3], offset=4)     # idx: 0, 0, type, number of dimensions; big-endian
+            if raw[:3] != b"\0\0\x08" or len(dims) != (3 if "images" in file else 1) or (dims <= 0).any():
+                raise ValueError("another type of array")
             array = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
-        except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except Exception as error:  # a damaged file can raise anything
             raise ValueError(f"{path} is not a whole idx file ({error}): delete it and run again") from None
         arrays.append(array)
     images, labels = arrays
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise ValueError(f"{data_dir / folder} holds images {images.shape} and labels {labels.shape}: they do not fit; "
-                         "delete it and run again")
     return images[:, None].copy(), labels, names
 
 
@@ -209,12 +226,15 @@ def _cifar10(data_dir, split):
     if not folder.exists():
         url, md5 = CIFAR10
         if archive.exists():
-            _check(archive, md5, archive)
+            _check(hashlib.md5(archive.read_bytes()), md5, archive)
         else:
             _download(url, md5, archive)
-        with tempfile.TemporaryDirectory(dir=data_dir) as tmp, tarfile.open(archive) as tar:
-            tar.extractall(tmp, filter="data")
-            os.replace(Path(tmp) / folder.name, folder)
+        try:
+            with tempfile.TemporaryDirectory(dir=data_dir) as tmp, tarfile.open(archive) as tar:
+                tar.extractall(tmp, filter="data")                      # nothing outside of tmp, no links that lead out
+                os.replace(Path(tmp) / folder.name, folder)
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{archive} cannot be unpacked ({error}): delete it and run again") from None
     images, labels = [], []
     for file in ([f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]) + ["batches.meta"]:
         try:
@@ -223,20 +243,19 @@ def _cifar10(data_dir, split):
             if file == "batches.meta":
                 names = [name.decode() for name in batch[b"label_names"]]
             else:
-                images.append(batch[b"data"].reshape(-1, 3, 32, 32))
-                labels.append(batch[b"labels"])
+                images.append(batch[b"data"].reshape(-1, 3, 32, 32).astype(np.uint8, casting="no"))
+                labels.append(np.array(batch[b"labels"], dtype=np.int64).reshape(len(images[-1])))
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{folder / file} cannot be read ({error}): delete {folder} and run again") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder / file} cannot be read ({reason}): delete {folder} and run again") from None
     return np.concatenate(images), np.concatenate(labels), names
 
 
 def _folder(root, data_dir, size):
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
-    known = Image.registered_extensions()
     classes = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    files = [(k, f) for k, d in enumerate(classes) for f in sorted(d.rglob("*"))
-             if f.suffix.lower() in known and not f.name.startswith(".")]
+    files = [(k, f) for k, d in enumerate(classes) for f in image_files(d)]
     if not files:
         raise ValueError(f"{root} has no images: it needs one sub-folder per class with the images in it")
     labels = np.array([k for k, _ in files])
@@ -245,27 +264,50 @@ def _folder(root, data_dir, size):
         raise ValueError(f"{classes[count.argmin()]} has no images: remove it or fill it")
     stats = [(str(f), stat.st_size, stat.st_mtime_ns) for _, f in files for stat in [f.stat()]]
     cache = data_dir / f"{root.resolve().name}-{size}-{hashlib.md5(repr(stats).encode()).hexdigest()[:12]}.npy"
+    shape = (len(files), 3, size, size)
     if not cache.exists():
-        print(f"reading {len(files):,} images of {root} into {cache}")
+        print(f"reading {len(files):,} images of {str(root)!r} into {str(cache)!r}")
         data_dir.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(cache.name + f".{os.getpid()}.part")
-        try:
-            array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))
+        bad = []
+        with whole(cache) as output:
+            np.lib.format.write_array_header_1_0(output, dict(descr="|u1", fortran_order=False, shape=shape))
             for i, (_, file) in enumerate(files):
-                array[i] = _read_image(file, size)
+                try:
+                    image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.LANCZOS)
+                    output.write(np.asarray(image).transpose(2, 0, 1).tobytes())
+                except ValueError as error:
+                    bad.append(str(error))
                 if i % 100 == 99 or i + 1 == len(files):
                     _progress(f"{root}, images", i + 1, len(files))
-            array.flush()
-            os.replace(part, cache)
-        finally:
-            part.unlink(missing_ok=True)
-    return np.load(cache, mmap_mode="c"), labels, [d.name for d in classes]
-
-
-def _read_image(path, size):
+            if bad:
+                more = f"; and {len(bad) - 3} others" if len(bad) > 3 else ""
+                raise ValueError(f"repair or remove what does not open as an image: {'; '.join(bad[:3])}{more}")
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} does not open as an image ({error}): repair or remove it") from None
+        images = np.load(cache, mmap_mode="c")
+        if images.shape != shape or images.dtype != np.uint8:
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{cache} is damaged ({error}): delete it and run again") from None
+    return images, labels, [d.name for d in classes]
+
+
+def image_files(folder):
+    """Every file below a folder that is named like an image, in order, but for hidden ones; links to folders end."""
+    known = {extension for extension, format in Image.registered_extensions().items() if format in FORMATS}
+    return [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in known and f.is_file() and
+            not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+
+
+def read_image(path):
+    """An image file as a pillow image, RGB, upright; the first of an animation. Raises ValueError for a bad file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                           # of odd metadata; a bomb is an error, see below
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode.startswith("I"):                                # 16 bits; convert() would clip them at 8
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # decoders of damaged files raise anything
+        reason = " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
+        raise ValueError(f"{str(path)!r} ({reason})") from None

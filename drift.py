@@ -12,6 +12,7 @@ $ python drift.py
 $ python drift.py --iters 3 --floor 1e-6      # see what the Sinkhorn steps and the official floor change
 """
 import math
+import os
 from contextlib import contextmanager
 
 import torch
@@ -261,15 +262,18 @@ def draw(films, path, size=300):
             for a, b in pixel(x):
                 pen.rectangle((a - 1, b - 1, a + 1, b + 1), fill="#e07020")
         frames.append(frame.quantize(8))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [2000], loop=0)
+    timing = dict(duration=[80] * (len(frames) - 1) + [2000], loop=0)
+    frames[0].save(f"{path}.tmp", format="gif", save_all=True, append_images=frames[1:], **timing)
+    os.replace(f"{path}.tmp", path)
 
 
 def main():
     import argparse
     import time
-    p = argparse.ArgumentParser(description="Trains an MLP by drifting on a swiss roll and on a checkerboard. Prints "
-                                "the sliced Wasserstein distance to real points, beside that of two real sets, and "
-                                "writes an animation: real points grey, samples orange, their drift blue.")
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Trains an MLP by drifting on a swiss roll and on "
+                                "a checkerboard. Prints the sliced Wasserstein distance to real points, beside that of "
+                                "two real sets, and writes an animation: real points grey, samples orange, their drift "
+                                "blue.")
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--n", type=int, default=256, help="samples, and real points, of a step")
     p.add_argument("--iters", type=int, default=1, help="Sinkhorn steps of the affinity; 1 is Algorithm 2")
@@ -277,6 +281,9 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="drift.gif")
     args = p.parse_args()
+    if not (1 <= args.steps <= 10**9 and 2 <= args.n <= 10**6 and 1 <= args.iters <= 1000 and 0 <= args.floor <= 1 and
+            0 <= args.seed < 2**63):
+        p.error("--steps and --iters must be at least 1, --n 2, --floor from 0 to 1, --seed not negative")
     torch.manual_seed(args.seed)
     generator, films = torch.Generator().manual_seed(args.seed), []
     for data in (swiss_roll, checkerboard):

@@ -18,7 +18,10 @@ $ torchrun --standalone --nproc_per_node=8 features.py --dataset cifar10 --width
 import math
 import os
 import re
+import signal
+import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -212,7 +215,7 @@ class Timm(nn.Module):
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     torch.hub.download_url_to_file(overlay["url"], file)
-            overlay = overlay | (dict(state_dict=load_state_dict(str(file))) if file else {})
+            overlay = overlay | (dict(state_dict=load_state_dict(str(file), weights_only=True)) if file else {})
             config = timm.get_pretrained_cfg(name)
             self.size = size or config.input_size[-1]
             kwargs = dict(img_size=self.size) if config.fixed_input_size else {}
@@ -321,7 +324,8 @@ def save_rows(rows, path):
     from PIL import Image
     grid = rearrange(rows, "row n c h w -> (row h) (n w) c").repeat_interleave(2, 0).repeat_interleave(2, 1)
     array = ((grid + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(path)
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(f"{path}.tmp", format="png")
+    os.replace(f"{path}.tmp", path)
 
 
 def knn_accuracy(a, a_labels, b, b_labels, k=20):
@@ -341,6 +345,9 @@ def nearest(name, names, prefix=""):
 def load_mae(path):
     """A ResNet-MAE of train_mae, and its checkpoint. Raises ValueError, one line, for anything wrong with the file."""
     try:
+        with zipfile.ZipFile(path) as archive:                         # torch.load does not look at the checksums
+            if archive.testzip():
+                raise ValueError("a checksum differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         net = MAE(**checkpoint["config"])
         net.load_state_dict(checkpoint["model"])
@@ -423,18 +430,22 @@ def main():
     p.add_argument("--resume", action="store_true", help="go on from --out after a stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
-    if min(args.width, args.patch, args.steps, args.batch, *args.layers) < 1 or not 0 <= args.cls_share <= 1:
-        p.error("--width, --patch, --layers, --steps and --batch must be at least 1, --cls_share from 0 to 1")
+    sizes = args.width, args.patch, args.steps, args.batch, args.size or 1, *args.layers
+    if not (1 <= min(sizes) and max(sizes) <= 10**9 and 0 <= args.cls_share <= 1 and 0 <= args.lr <= 1e6 and
+            0 <= args.seed < 2**63):
+        p.error("--size, --width, --patch, --layers, --steps and --batch must be at least 1, --cls_share from 0 to 1, "
+                "--lr and --seed not negative")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *a, **k: None
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not to be had here")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if rank > 0:
             dist.barrier()                                                 # rank 0 alone downloads and builds caches
@@ -447,8 +458,11 @@ def main():
         flip = args.dataset not in ("digits", "mnist", "fashion") if args.flip is None else args.flip
         plan = {k: getattr(args, k) for k in ("width", "patch", "layers", "steps", "cls_share", "batch", "lr", "seed")}
         train_mae(args.out, data.Sampler(images, labels, device, flip), len(names), **plan, resume=args.resume, say=say)
-    except (ValueError, OSError) as error:
-        p.error(str(error))
+    except KeyboardInterrupt:
+        say(f"stopped: --resume goes on from the last minute's {args.out}")
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:  # the last: no memory, no room on the disk
+        p.error(" ".join(str(error.__context__ or error).split())[:300])
     say(f"{args.out}, {Path(args.out).with_suffix('.png')}")
     if rank == 0 and test is not None:
         a, b = (data.to_float(t.to(device)) for t in (images[:10000], test[:2000]))

