@@ -151,11 +151,25 @@ def save_image(image, path, scale=1):
         Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file, format="png")
 
 
+def grid(images, columns):
+    """uint8 [n, C, H, W] as one image [C, rows * (H + 2), columns * (W + 2)], row by row."""
+    images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
+    return rearrange(F.pad(images, (1, 1, 1, 1)), "(row column) c h w -> c (row h) (column w)", column=columns)
+
+
 def save_grid(images, path, columns):
     """uint8 [n, C, H, W] as one PNG, row by row; small images enlarged to about 56 pixels."""
-    images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
-    grid = rearrange(F.pad(images, (1, 1, 1, 1)), "(row column) c h w -> c (row h) (column w)", column=columns)
-    save_image(grid, path, max(1, round(56 / images.shape[-1])))
+    save_image(grid(images, columns), path, max(1, round(56 / images.shape[-1])))
+
+
+def save_film(frames, path):
+    """Images uint8 [C, H, W] of one size as a GIF, enlarged to at least 300 pixels; the last one stays two seconds."""
+    scale = -(-300 // frames[0].shape[-1])
+    first, *others = [Image.fromarray(frame.expand(3, -1, -1).permute(1, 2, 0).numpy()).quantize(64).resize(
+        (frame.shape[2] * scale, frame.shape[1] * scale), Image.Resampling.NEAREST) for frame in frames]
+    with whole(path) as file:
+        first.save(file, format="gif", save_all=True, append_images=others, loop=0,
+                   duration=[80] * len(others) + [2000])
 
 
 def _progress(text, i, n):

