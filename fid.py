@@ -186,6 +186,25 @@ def text(score):
             f"recall {score['recall']:.3f}  ({against}){few}")
 
 
+def scores(images, vectors, labels, real, real_vectors, real_labels):
+    """Compares images [n, C, H, W] with real ones [m, C, H, W], and a judge's vectors of them: a dictionary of numbers.
+
+    fd: Frechet distance of the vectors; acc: share whose nearest real vector has their label; std: deviation of a pixel
+    within a class; copies: share that is a real image, each pixel within 1/16.
+    """
+    flat, real_flat = images.flatten(1), real.flatten(1)
+    nearest = lambda a, b: torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
+    near, alike = nearest(vectors, real_vectors), nearest(flat, real_flat)
+    return {"fd": frechet_distance(*gaussian(vectors.cpu()), *gaussian(real_vectors.cpu())),
+            "acc": (real_labels[near] == labels).float().mean().item(),
+            "std": torch.stack([flat[labels == k].std(0, correction=0).mean() for k in labels.unique()]).mean().item(),
+            "copies": ((flat - real_flat[alike]).abs().amax(1) < 1 / 16).float().mean().item()}
+
+
+def score_text(score):
+    return "fd {fd:.3f}  nearest-neighbour accuracy {acc:.3f}  std {std:.3f}  copies {copies:.1%}".format(**score)
+
+
 def load_set(name, data_dir, size=None):
     """uint8 images [N, C, H, W] of a data set, its test split, a folder of images of one size, or an .npz."""
     import data

@@ -196,28 +196,9 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
 
 
-def scores(images, vectors, labels, real, real_vectors, real_labels):
-    """Compares images [n, C, H, W] with real ones [m, C, H, W], and a judge's vectors of them: a dictionary of numbers.
-
-    fd: Frechet distance of the vectors; acc: share whose nearest real vector has their label; std: deviation of a pixel
-    within a class; copies: share that is a real image, each pixel within 1/16.
-    """
-    flat, real_flat = images.flatten(1), real.flatten(1)
-    nearest = lambda a, b: torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(256)])
-    near, alike = nearest(vectors, real_vectors), nearest(flat, real_flat)
-    return {"fd": fid.frechet_distance(*fid.gaussian(vectors.cpu()), *fid.gaussian(real_vectors.cpu())),
-            "acc": (real_labels[near] == labels).float().mean().item(),
-            "std": torch.stack([flat[labels == k].std(0, correction=0).mean() for k in labels.unique()]).mean().item(),
-            "copies": ((flat - real_flat[alike]).abs().amax(1) < 1 / 16).float().mean().item()}
-
-
 def drift_text(stats, taus):
     *drift, scale = stats.tolist()
     return "drift " + " ".join(f"{t}:{d:.2e}" for t, d in zip(taus, drift)) + f"  scale {scale:.3f}"
-
-
-def score_text(score):
-    return "fd {fd:.3f}  nearest-neighbour accuracy {acc:.3f}  std {std:.3f}  copies {copies:.1%}".format(**score)
 
 
 def peak_memory(device):
@@ -416,7 +397,7 @@ def main(argv=None):
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
         half, vectors = min(args.n_eval, len(ref) // 2), judge.vector(real)
         a, b = slice(half), slice(half, None)
-        floor = score_text(scores(real[a], vectors[a], real_labels[a], real[b], vectors[b], real_labels[b]))
+        floor = fid.score_text(fid.scores(real[a], vectors[a], real_labels[a], real[b], vectors[b], real_labels[b]))
     if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
         label = torch.arange(args.labels, device=device) % len(names)
         both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
@@ -440,7 +421,7 @@ def main(argv=None):
         except OSError as error:
             print(f"step {step}: cannot write samples.png ({error})", file=sys.stderr)
         fake = data.to_float(fake)
-        score = score_text(scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
+        score = fid.score_text(fid.scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
         print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
 
