@@ -52,7 +52,10 @@ PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
     "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
     "mnist": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
     "fashion": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
-    "cifar10": dict(size=32, model="tiny", patch=4, encoder="mae", steps=5000, ema=0.999, flip=True),
+    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", steps=100000, lr=3e-4, warmup=1000, ema=0.999, flip=True,
+                    pools=[2, 4], n_gen=64, n_pos=64, n_unc=0, alpha_max=1, micro_batch=160, eval_every=5000),
+    "cifar10 fast": dict(size=16, model="tiny", patch=2, encoder="mae", steps=700, ema=0.99, flip=True, labels=5,
+                         pools=[2, 4], n_unc=0, alpha_max=1),                    # two CPU cores, for twenty minutes
     "folder": dict(size=64, model="tiny", patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
@@ -70,6 +73,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="digits", help="digits, mnist, fashion, cifar10 or folder:PATH")
+    p.add_argument("--fast", action="store_true", help="its smaller preset: cifar10 at 16 x 16, for minutes on a CPU")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=int, default=8, help="image size in pixels")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the images")
@@ -119,8 +123,11 @@ def parse(argv=None):
     p.add_argument("--deterministic", action="store_true", help="the same weights every time on the same machine")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     first, _ = p.parse_known_args(argv)
-    p.set_defaults(**PRESETS.get(first.dataset.split(":")[0], {}))
+    preset = first.dataset.split(":")[0] + " fast" * first.fast
+    p.set_defaults(**PRESETS.get(preset, {}))
     try:
+        if first.fast and preset not in PRESETS:
+            raise ValueError(f"--fast: {first.dataset} has one preset only")
         checkpoint = find_checkpoint(first.resume, Path(first.out)) if first.resume else None
         if checkpoint:
             p.set_defaults(**checkpoint["args"] | ({} if first.resume == "auto" else {"out": first.resume}))
@@ -242,7 +249,7 @@ def build_encoders(args, sampler, num_classes, say):
                 build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
             say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
         patches = [k for k in range(1, size) if size % k == 0 and size // k >= 14]
-        features.train_mae(path, sampler, num_classes, patch=max(patches, default=1), say=say)
+        features.train_mae(path, sampler, num_classes, patch=max(patches, default=1), cls_share=0, say=say)  # it is short
         plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
     return [build(",".join(spec), weights=weights) for spec, weights in plans]
 
@@ -366,6 +373,8 @@ def main(argv=None):
     say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
         f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
 
+    light_name = f"{out.stem}.ema{out.suffix}"
+
     def save(step):
         """Writes the checkpoint and keeps the one before. If that fails: a line, False, the old one is still there."""
         try:
@@ -381,7 +390,7 @@ def main(argv=None):
                 light = {"ema": ema.state_dict(), "args": stored, "config": asdict(model.config), "classes": names}
                 torch.save(light | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
                            file)
-            with data.whole(out.with_name(f"{out.stem}.ema{out.suffix}")) as file:
+            with data.whole(out.with_name(light_name)) as file:
                 torch.save(light | {"ema": {name: v.half() for name, v in light["ema"].items()}}, file)
             return True
         except (OSError, RuntimeError) as error:                        # torch makes the second of the first
@@ -390,8 +399,9 @@ def main(argv=None):
             return False
 
     if rank == 0:
-        for old in out.parent.glob(f"{out.name}.*.tmp"):                       # of a run that was killed while it wrote
-            old.unlink()
+        for name in (out.name, light_name):                                   # of a run that was killed while it wrote
+            for old in out.parent.glob(f"{name}.*.tmp"):
+                old.unlink()
         n_ref = min(10000, 2**28 // images[0].numel())                   # real images to compare with, at most 1 GB
         ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
         real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
