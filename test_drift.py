@@ -1196,7 +1196,7 @@ def test_folder(tmp_path):
 def test_presets(capsys):
     import train
     fast = train.parse(["--dataset", "cifar10", "--fast", "--patch", "8"])[1]
-    assert (fast.size, fast.model, fast.encoder, fast.patch) == (16, "tiny", "mae", 8)                   # flags override
+    assert (fast.size, fast.model, fast.encoder, fast.patch) == (16, "tiny", "mae", 8)                  # flags override
     assert train.parse(["--dataset", "cifar10"])[1].size == 32 and train.parse([])[1].size == 8
     assert {name.split()[0] for name in train.PRESETS} == {"digits", "mnist", "fashion", "cifar10", "folder"}
     with pytest.raises(SystemExit):
@@ -1668,6 +1668,9 @@ def test_resume_auto(monkeypatch, tmp_path, capsys):
     a, prev = tmp_path / "a.pt", tmp_path / "a.prev.pt"
     step = lambda path: torch.load(path, weights_only=True)["step"]
     assert (step(a), step(prev)) == (4, 2)
+    (tmp_path / "c.pt").write_bytes(a.read_bytes())                                         # moved: goes on where it is
+    run(monkeypatch, *auto[:3], "--out", tmp_path / "c.pt", "--steps", 5)
+    assert (step(tmp_path / "c.pt"), step(a)) == (5, 4)
     flipped = bytearray(a.read_bytes())
     flipped[len(flipped) // 2] ^= 1                                            # one bit, which torch.load does not see
     a.write_bytes(flipped)

@@ -52,8 +52,9 @@ PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
     "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
     "mnist": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
     "fashion": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
-    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", steps=100000, lr=3e-4, warmup=1000, ema=0.999, flip=True,
-                    pools=[2, 4], n_gen=64, n_pos=64, n_unc=0, alpha_max=1, micro_batch=160, eval_every=5000),
+    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", steps=100000, lr=3e-4, warmup=1000, ema=0.999,
+                    flip=True, pools=[2, 4], n_gen=64, n_pos=64, n_unc=0, alpha_max=1, micro_batch=160,
+                    eval_every=5000),                                            # one GPU, for hours; not yet measured
     "cifar10 fast": dict(size=16, model="tiny", patch=2, encoder="mae", steps=700, ema=0.99, flip=True, labels=5,
                          pools=[2, 4], n_unc=0, alpha_max=1),                    # two CPU cores, for twenty minutes
     "folder": dict(size=64, model="tiny", patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
@@ -130,7 +131,7 @@ def parse(argv=None):
             raise ValueError(f"--fast: {first.dataset} has one preset only")
         checkpoint = find_checkpoint(first.resume, Path(first.out)) if first.resume else None
         if checkpoint:
-            p.set_defaults(**checkpoint["args"] | ({} if first.resume == "auto" else {"out": first.resume}))
+            p.set_defaults(**checkpoint["args"] | {"out": first.out if first.resume == "auto" else first.resume})
         args = p.parse_args(argv)
         for name in FIXED if checkpoint else ():
             if getattr(args, name) != checkpoint["args"][name]:
@@ -249,7 +250,8 @@ def build_encoders(args, sampler, num_classes, say):
                 build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
             say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
         patches = [k for k in range(1, size) if size % k == 0 and size // k >= 14]
-        features.train_mae(path, sampler, num_classes, patch=max(patches, default=1), cls_share=0, say=say)  # it is short
+        patch = max(patches, default=1)
+        features.train_mae(path, sampler, num_classes, patch=patch, cls_share=0, say=say)        # see assets/cifar10.md
         plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
     return [build(",".join(spec), weights=weights) for spec, weights in plans]
 
@@ -423,13 +425,17 @@ def main(argv=None):
         generator = torch.Generator().manual_seed(args.seed)                                # the same noise every time
         return wanted, (data.to_uint8(ema.generate(part, 1.0, generator)) for part in wanted.split(batch))
 
+    def draw(save, what, path, *rest):
+        """A picture for which there is no room is a line, and not the end of the run."""
+        try:
+            save(what, path, *rest)
+        except OSError as error:
+            print(f"cannot write {path} ({error})", file=sys.stderr, flush=True)
+
     def evaluate(step):
         wanted, batches = samples(args.n_eval, 250)
         fake = torch.cat(list(batches))
-        try:
-            data.save_grid(fake[:100], out.with_name("samples.png"), columns)
-        except OSError as error:
-            print(f"step {step}: cannot write samples.png ({error})", file=sys.stderr)
+        draw(data.save_grid, fake[:100], out.with_name("samples.png"), columns)
         fake = data.to_float(fake)
         score = fid.score_text(fid.scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
         print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
@@ -460,8 +466,8 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         try:
             total = total + gradient(step, args, mine, sampler, model, forward, encode, kernel | dict(reduce=reduce))
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             sys.exit(f"step {step + 1}: not enough memory for {args.labels // world} x {args.n_gen} samples: give "
                      f"--micro_batch, now {args.micro_batch}, or lower --n_gen or --labels")
@@ -508,7 +514,7 @@ def main(argv=None):
         if shot:
             film.append(data.grid(next(samples(5 * columns, 50)[1]).cpu(), columns))
             if done == args.steps:
-                data.save_film(film, args.film)
+                draw(data.save_film, film, args.film)
         if judged and rank == 0 and not stop.item():
             evaluate_fid(done)
             total, mark = 0, (done, time.time())
