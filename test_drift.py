@@ -1598,6 +1598,13 @@ def test_kills(tmp_path):
                                                               "whole.ema.pt", "whole.prev.pt", "whole.pt"]
 
 
+LIMITED = """
+import resource, runpy, sys
+_, name, most, *sys.argv = sys.argv
+resource.setrlimit(getattr(resource, name), (int(most), int(most)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 DISK = """
 import resource, sys
 import train
@@ -1624,9 +1631,8 @@ def test_full_disk(tmp_path):
     status, out, err = python("-c", DISK, 3, 99, *plan)                                   # and if it stays full
     assert status == 1 and "make room" in err.splitlines()[-1] and "Traceback" not in err
     assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 2 and not list(tmp_path.glob("*.tmp"))
-    limit = f"import resource as r, runpy, sys; sys.argv = sys.argv[1:]; r.setrlimit(r.RLIMIT_FSIZE, (99, 99)); " \
-            f"runpy.run_path(sys.argv[0], run_name='__main__')"
-    status, out, err = python("-c", limit, "sample.py", "--ckpt", tmp_path / "b.pt", "--out", tmp_path / "a.png")
+    status, out, err = python("-c", LIMITED, "RLIMIT_FSIZE", 99, "sample.py", "--ckpt", tmp_path / "b.pt", "--out",
+                              tmp_path / "a.png")
     assert status == 1 and err.count("\n") == 1 and "File too large" in err and not (tmp_path / "a.png").exists()
 
 
@@ -1959,7 +1965,6 @@ def test_fuzzed_flags(monkeypatch, tmp_path, checkpoint, capsys):
 
 def test_too_little_memory_is_one_line(tmp_path):
     pytest.importorskip("resource")
-    limit = ("import resource as r, runpy, sys; sys.argv = sys.argv[1:]; r.setrlimit(r.RLIMIT_AS, (5 * 2**30,) * 2); "
-             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    status, _, err = python("-c", limit, "train.py", *QUICK, "--n_gen", 40000, "--out", tmp_path / "a.pt")
+    status, _, err = python("-c", LIMITED, "RLIMIT_AS", 5 * 2**30, "train.py", *QUICK, "--n_gen", 40000, "--out",
+                            tmp_path / "a.pt")
     assert status == 1 and err.count("\n") == 1 and "--micro_batch" in err, err
