@@ -1,16 +1,17 @@
 """
-The authors' released networks (JAX, trained on ImageNet): fetched, read, checked and moved into those of this project.
+The authors' released networks (JAX, trained on ImageNet): fetched, read, checked, moved into ours.
 
-    hf://pixel_B_sota     one of RELEASED, downloaded once
-    FOLDER                ema_params.msgpack and metadata.json, in it or in its params_ema/: what their training writes
+    hf://pixel_B_sota   one of RELEASED, downloaded once by huggingface_hub
+    FOLDER              ema_params.msgpack and metadata.json, as their training writes them, in it
+                        or in its params_ema/
 
-JAX is not needed, and nothing in these files can run code: weights are msgpack, the configuration is JSON. Used through
-DiT.from_official and MAE.from_official, which know the architectures; this file knows the files.
+JAX is not needed, and nothing in these files can run code: weights are msgpack, the configuration
+is JSON. Used through DiT.from_official and MAE.from_official.
 """
+
 import json
-import os
-import sys
-import urllib.request
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,132 +21,243 @@ RELEASED = {
     "gen": ["latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"],
     "mae": ["mae_latent_640", "mae_pixel_640", "mae_latent_256"],
 }
-FILES = ["metadata.json", "ema_params.msgpack"]
+WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
+
+# What their generators have and ours has no other of.
+FIXED = dict(mlp_ratio=4.0, use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+
+# Modules of model.py, and what the authors call them; those of a block are below blocks_i.
+GENERATOR_NAMES = {
+    "label_embed": "Embed_0",
+    "alpha_norm": "RMSNorm_0",
+    "alpha_embed.0": "TimestepEmbedder_0/TorchLinear_0",
+    "alpha_embed.2": "TimestepEmbedder_0/TorchLinear_1",
+    "patch_embed": "LightningDiT_0/TorchLinear_0",
+    "cls_proj": "LightningDiT_0/TorchLinear_1",
+    "final_norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
+    "final_adaln": "LightningDiT_0/FinalLayer_0/TorchLinear_0",
+    "final_proj": "LightningDiT_0/FinalLayer_0/TorchLinear_1",
+    "norm1": "RMSNorm_0",
+    "norm2": "RMSNorm_1",
+    "adaln": "TorchLinear_0",
+    "attn.qkv": "Attention_0/TorchLinear_0",
+    "attn.q_norm": "Attention_0/q_norm",
+    "attn.k_norm": "Attention_0/k_norm",
+    "attn.proj": "Attention_0/TorchLinear_1",
+    "mlp.w1": "SwiGLUFFN_0/TorchLinear_0",
+    "mlp.w3": "SwiGLUFFN_0/TorchLinear_1",
+    "mlp.w2": "SwiGLUFFN_0/TorchLinear_2",
+}
+
+# Patterns of parameters of mae.py, and what the authors call them, replaced one after the other.
+MAE_NAMES = [
+    (r"^stem\.0", "encoder.conv1"),
+    (r"^stem\.1", "encoder.gn1"),
+    (r"^stages\.(\d+)\.(\d+)", r"encoder.stages_\1.layers_\2"),
+    (r"\.conv(\d)\.0", r".conv\1"),
+    (r"\.conv(\d)\.1", r".gn\1"),
+    (r"\.skip\.0", ".proj_conv"),
+    (r"\.skip\.1", ".proj_gn"),
+    (r"^norms\.(\d)", lambda m: f"encoder.layer{int(m[1]) + 1}_norm"),
+    (r"^bridge\.0", "decoder.bridge.conv"),
+    (r"^bridge\.1", "decoder.bridge.gn"),
+    (r"^ups\.(\d)", lambda m: f"decoder.up{4 - int(m[1])}{3 - int(m[1])}"),
+    (r"(up\d\d)\.0", r"\1.concat_norm_fn"),
+    (r"(up\d\d)\.1", r"\1.proj"),
+    (r"(up\d\d)\.2", r"\1.refine"),
+    (r"(proj|refine)\.0", r"\1.conv"),
+    (r"(proj|refine)\.1", r"\1.gn"),
+    (r"^head", "fc"),
+    (r"^out", "decoder.head"),
+]
 
 
-def load(source, kind, build):
-    """The network at source, hf://NAME or a folder, with the authors' weights, on the CPU.
+def generator_key(name, config):
+    """Where the authors keep parameter `name` of a DiT: keys, whose arrays are one table if there
+    are several, and the order of the axes."""
+    if name == "style_embed.weight":
+        return [f"noise_embeds_{i}/embedding" for i in range(config.noise_coords)], (0, 1)
+    if name in ("pos_embed", "cls_embed"):
+        return [f"LightningDiT_0/{name}"], (0, 1, 2)
+    module, leaf = name.rsplit(".", 1)
+    where = ""
+    if module.startswith("blocks."):
+        _, i, module = module.split(".", 2)
+        where = f"LightningDiT_0/blocks_{i}/"
+    where += GENERATOR_NAMES[module]
+    if "TorchLinear" in where and leaf == "weight":
+        return [f"{where}/Dense_0/kernel"], (1, 0)  # [in, out]
+    if "TorchLinear" in where:
+        return [f"{where}/Dense_0/bias"], (0,)
+    if "Embed" in where:
+        return [f"{where}/embedding"], (0, 1)
+    return [f"{where}/{leaf}"], (0,)
 
-    kind: gen or mae; build(model_config) -> network, which says by net.official_name(parameter) how the file calls a
-    parameter. Every array is compared with the network before that takes any memory, and then moved one by one: the
-    peak is little above the size of the weights. Raises ValueError or OSError with one line.
-    """
-    config, arrays = _read(str(source), kind)
-    try:
-        counts = [config.get("depth", 0), config.get("noise_coords", 0), *config.get("layers", [])]
-        if sum(counts) > len(arrays) or not all(v < 2**15 for v in config.values() if isinstance(v, int)):
-            raise ValueError("sizes that the weights cannot have")
-        with torch.device("meta"):                                                               # shapes, no memory
-            net = build(config)
-    except Exception as error:  # a file of unknown origin can hold anything
-        raise ValueError(f"{source}: metadata.json is not of a model that this code knows ({_line(error)})") from None
-    plan = {}
-    for name, parameter in net.state_dict().items():
-        keys, order = plan[name] = net.official_name(name)
-        for key in keys:
-            if key not in arrays:
-                raise ValueError(f"{source}: the weights lack {key}")
-        shapes = [[arrays[key].shape[i] for i in order] for key in keys if arrays[key].ndim == len(order)]
-        expected = [parameter.shape[0] // len(keys), *parameter.shape[1:]]
-        if shapes != [expected] * len(keys):
-            raise ValueError(f"{source}: {keys[0]} has shape {list(arrays[keys[0]].shape)}, which is not that of "
-                             f"{name}, {list(parameter.shape)}, in the network that metadata.json describes")
-    extra = set(arrays) - {key for keys, _ in plan.values() for key in keys}
-    if extra:
-        raise ValueError(f"{source}: the weights have {len(extra)} arrays too many, such as {min(extra)}")
-    state = {}
-    for name, (keys, order) in plan.items():
-        parts = [arrays.pop(key).permute(order).float() for key in keys]          # popped: its memory goes with `parts`
-        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
-    net.load_state_dict(state, assign=True)
+
+def mae_key(name, config=None):
+    """The same of a parameter of an MAE."""
+    for pattern, new in MAE_NAMES:
+        name = re.sub(pattern, new, name)
+    *where, leaf = name.split(".")
+    place = "/".join(where)
+    if leaf == "bias":
+        return [f"{place}/bias"], (0,)
+    if "gn" in where[-1] or "norm" in where[-1]:
+        return [f"{place}/scale"], (0,)
+    if where == ["fc"]:
+        return [f"{place}/kernel"], (1, 0)
+    return [f"{place}/kernel"], (3, 2, 0, 1)  # HWIO
+
+
+def load_generator(source):
+    """The authors' generator as a DiT on the CPU. Raises ValueError or OSError with one line."""
+    from model import DiT, DiTConfig
+
+    config, arrays = read(source, "gen")
+    fixed = FIXED | {"out_channels": config.get("in_channels")}
+    other = [name for name, value in fixed.items() if config.get(name, value) != value]
+    if other:
+        raise ValueError(f"{source}: metadata.json has another {', '.join(other)} than this code")
+    with without_memory(source, config, arrays):
+        net = DiT(DiTConfig(**{name: config[name] for name in DiTConfig.__dataclass_fields__}))
+    move(source, arrays, net, generator_key)
+    net.add_rope()  # not in the file
     return net
 
 
-def _line(error):
+def load_mae(source):
+    """The authors' encoder as an MAE on the CPU. Raises ValueError or OSError with one line."""
+    from mae import MAE
+
+    config, arrays = read(source, "mae")
+    with without_memory(source, config, arrays):
+        net = MAE(
+            channels=config["in_channels"],
+            size=32 * config["input_patch_size"],
+            width=config["base_channels"],
+            patch=config["input_patch_size"],
+            layers=config["layers"],
+            num_classes=config["num_classes"],
+        )
+    move(source, arrays, net, mae_key)
+    return net
+
+
+@contextmanager
+def without_memory(source, config, arrays):
+    """Networks that are made here have shapes and no memory, and what a file of unknown origin
+    asks for is no more than its weights can be."""
+    try:
+        counts = [config.get("depth", 0), config.get("noise_coords", 0), *config.get("layers", [])]
+        sizes = [size for size in config.values() if isinstance(size, int)]
+        if sum(counts) > len(arrays) or max(sizes) >= 2**15:
+            raise ValueError("sizes that the weights cannot have")
+        with torch.device("meta"):
+            yield
+    except Exception as error:  # it can hold anything
+        what = "metadata.json is not of a model that this code knows"
+        raise ValueError(f"{source}: {what} ({line(error)})") from None
+
+
+def move(source, arrays, net, key_of):
+    """Moves {official key: tensor} into net, after comparing every name and shape.
+
+    One by one: the peak of the memory is little above the size of the weights.
+    """
+    plan = {}
+    for name, parameter in net.state_dict().items():
+        keys, order = plan[name] = key_of(name, getattr(net, "config", None))
+        expected = [parameter.shape[0] // len(keys), *parameter.shape[1:]]
+        for key in keys:
+            if key not in arrays:
+                raise ValueError(f"{source}: the weights lack {key}")
+            found = list(arrays[key].shape)
+            if len(found) != len(order) or [found[i] for i in order] != expected:
+                ours = f"{name}, {list(parameter.shape)}, of metadata.json"
+                raise ValueError(f"{source}: {key} has shape {found}, which is not that of {ours}")
+    extra = set(arrays) - {key for keys, _ in plan.values() for key in keys}
+    if extra:
+        raise ValueError(f"{source}: {len(extra)} arrays too many, such as {min(extra)}")
+    state = {}
+    for name, (keys, order) in plan.items():
+        parts = [arrays.pop(key).permute(order).float() for key in keys]  # popped: to free it
+        state[name] = torch.cat(parts).contiguous()
+    net.load_state_dict(state, assign=True)
+
+
+def line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _read(source, kind):
-    """-> model_config of metadata.json, {official name: tensor} of ema_params.msgpack."""
+def read(source, kind):
+    """-> model_config of metadata.json, {official key: tensor} of ema_params.msgpack."""
+    source = str(source)
     try:
         import msgpack
     except ImportError:
         raise ValueError(f"{source} is a msgpack file: pip install msgpack") from None
-    folder = _fetch(source.removeprefix("hf://"), kind) if source.startswith("hf://") else Path(source)
+    folder = fetch(source.removeprefix("hf://"), kind) if source[:5] == "hf://" else Path(source)
     if (folder / "params_ema").is_dir():
         folder = folder / "params_ema"
-    for file in FILES:
+    for file in (METADATA, WEIGHTS):
         if not (folder / file).is_file():
-            raise ValueError(f"{source} has no {file}: a folder of the authors holds {' and '.join(FILES)}")
-
-    def array(code, data):
-        if code != 1:
-            raise ValueError(f"extension {code} is not an array")
-        shape, dtype, raw = msgpack.unpackb(data)
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"{dtype} is not a type of weights")
-        return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(shape)
-
-    def flatten(tree, prefix):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}/")
-            elif isinstance(value, torch.Tensor):
-                yield prefix + key, value
-            else:
-                raise ValueError(f"{prefix}{key} is not an array")
-
-    file = folder / FILES[0]
+            raise ValueError(f"{source} has no {file}: theirs hold {METADATA} and {WEIGHTS}")
+    file = folder / METADATA
     try:
         metadata = json.loads(file.read_bytes())
-        found, config = metadata["kind"], dict(metadata["model_config"])
-        if found != kind:
-            raise ValueError(f"it describes a {found}, not a {kind}")
-        file = folder / FILES[1]
+        config = dict(metadata["model_config"])
+        if metadata["kind"] != kind:
+            raise ValueError(f"it describes a {metadata['kind']}, not a {kind}")
+        file = folder / WEIGHTS
         size = file.stat().st_size
-        with open(file, "rb") as stream:  # read in pieces: the file is never in memory as a whole
-            unpacker = msgpack.Unpacker(stream, ext_hook=array, max_buffer_size=size, max_map_len=2**15,
-                                        max_array_len=0)
+        limits = dict(max_buffer_size=size, max_map_len=2**15, max_array_len=0)
+        with open(file, "rb") as stream:  # read in pieces: never in memory as a whole
+            unpacker = msgpack.Unpacker(stream, ext_hook=to_tensor, **limits)
             arrays = dict(flatten(unpacker.unpack(), ""))
             if unpacker.tell() != size:
                 raise ValueError("something follows the weights")
     except Exception as error:  # a file of unknown origin can hold anything
-        raise ValueError(f"{file} is truncated, damaged or not of the authors' code ({_line(error)})") from None
+        what = "is truncated, damaged or not of the authors' code"
+        raise ValueError(f"{file} {what} ({line(error)})") from None
     return config, arrays
 
 
-def _fetch(name, kind):
-    """Folder of a released artifact; downloads it unless it is there."""
+def to_tensor(code, data):
+    """The tensor of a msgpack extension: shape, name of the type, bytes."""
+    import msgpack
+
+    if code != 1:
+        raise ValueError(f"extension {code} is not an array")
+    shape, dtype, raw = msgpack.unpackb(data)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"{dtype} is not a type of weights")
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(shape)
+
+
+def flatten(tree, prefix):
+    """Leaves of a nested dictionary, with the keys that lead there joined by slashes."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, torch.Tensor):
+            yield prefix + key, value
+        else:
+            raise ValueError(f"{prefix}{key} is not an array")
+
+
+def fetch(name, kind):
+    """Folder of a released network; downloads it unless it is there."""
     if name not in RELEASED[kind]:
-        raise ValueError(f"the authors have released no {kind} named {name!r}, but " +
-                         ", ".join(f"hf://{n}" for n in RELEASED[kind]))
+        known = ", ".join(f"hf://{n}" for n in RELEASED[kind])
+        raise ValueError(f"the authors have released no {kind} named {name!r}, but {known}")
     path = f"models/{kind}/jax/{name}"
     try:
-        try:
-            from huggingface_hub import snapshot_download
-            return Path(snapshot_download(REPO, allow_patterns=[f"{path}/{file}" for file in FILES])) / path
-        except ImportError:
-            return _download(path, Path(torch.hub.get_dir()) / "drifting" / name)
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"hf://{name} needs pip install huggingface_hub, or a folder") from None
+    try:
+        files = [f"{path}/{METADATA}", f"{path}/{WEIGHTS}"]
+        return Path(snapshot_download(REPO, allow_patterns=files)) / path
     except Exception as error:  # network, disk, hub: each raises its own
-        raise OSError(f"cannot download hf://{name} ({_line(error)}): without a network, name a folder with "
-                      f"{' and '.join(FILES)} instead") from None
-
-
-def _download(path, folder):
-    """The same without huggingface_hub: sizes and SHA-256 sums as the hub lists them."""
-    if not all((folder / file).exists() for file in FILES):
-        folder.mkdir(parents=True, exist_ok=True)
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        with urllib.request.urlopen(f"{hub}/api/models/{REPO}/tree/main/{path}", timeout=60) as response:
-            listed = {Path(entry["path"]).name: entry for entry in json.load(response)}
-        for file in FILES:
-            part = folder / f"{file}.{os.getpid()}.part"
-            try:
-                torch.hub.download_url_to_file(f"{hub}/{REPO}/resolve/main/{path}/{file}", part,
-                                               listed[file].get("lfs", {}).get("oid"), sys.stderr.isatty())
-                if part.stat().st_size != listed[file]["size"]:
-                    raise ValueError(f"{file} has {part.stat().st_size} bytes instead of {listed[file]['size']}")
-                os.replace(part, folder / file)                              # the final name never holds half a file
-            finally:
-                part.unlink(missing_ok=True)
-    return folder
+        how = f"without a network, name a folder with {METADATA} and {WEIGHTS}"
+        raise OSError(f"cannot download hf://{name} ({line(error)}): {how}") from None

