@@ -22,10 +22,12 @@ import tempfile
 import urllib.request
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
@@ -222,19 +224,25 @@ def check_md5(digest, md5, source):
 class Sampler:
     """Draws real images by label; images uint8 [N, C, H, W], labels int64 [N].
 
-    flip: mirror half of the images (photographs, not digits). The array lives on the device, unless
-    it is over max_bytes: then it stays where it is.
+    flip: mirror half of the images (photographs, not digits). What does not fit a quarter of the
+    free memory of a GPU stays where it is: then indices are drawn there, too, and the images of a
+    step are copied from pinned memory while the GPU is at work on the step before.
     """
 
-    def __init__(self, images, labels, device, flip=False, max_bytes=8 * 2**30):
-        self.images = images.to(device) if images.nbytes <= max_bytes else images
-        self.labels = labels.to(device)
-        self.order = labels.argsort(stable=True).to(device)  # images of class 0, of class 1, ...
-        self.count = labels.bincount().to(device)  # [classes]
-        self.start = self.count.cumsum(0) - self.count  # where a class begins
-        self.most = int(self.count.max())
+    def __init__(self, images, labels, device, flip=False):
+        device = torch.device(device)
+        fits = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+        self.home = device if fits else images.device
         self.device = device
         self.flip = flip
+        self.images = images.to(self.home)
+        self.labels = labels.to(self.home)
+        self.count = labels.bincount()  # [classes]
+        self.most = int(self.count.max())
+        self.fewest = int(self.count.min())
+        self.count = self.count.to(self.home)
+        self.order = labels.argsort(stable=True).to(self.home)  # of class 0, of class 1, ...
+        self.start = self.count.cumsum(0) - self.count  # where a class begins
 
     def draw(self, labels, n_pos, n_unc, generator, mine=slice(None)):
         """Real images in [-1, 1] for labels [L]: positives [L, P, C, H, W] of the label, without
@@ -242,9 +250,9 @@ class Sampler:
 
         With mine, a slice of the labels, only that share is fetched, though all is drawn: the ranks
         of a job use the same generator, and what a label gets does not depend on how many they are.
-        A class needs n_pos images.
+        A class needs n_pos images. generator and labels: on self.home.
         """
-        L, device = len(labels), self.device
+        L, device = len(labels), self.home
         lot = torch.rand(L, self.most, generator=generator, device=device)
         missing = torch.arange(self.most, device=device) >= self.count[labels, None]
         place = lot.masked_fill(missing, -1).topk(n_pos).indices  # a class is as large as it is
@@ -257,12 +265,16 @@ class Sampler:
 
     def batch(self, n, generator, mine=slice(None)):
         """Any n images [n, C, H, W] in [-1, 1] and their labels [n]; with mine, that share."""
-        index = torch.randint(len(self.images), (n,), generator=generator, device=self.device)
-        mirror = torch.rand(n, generator=generator, device=self.device) < 0.5
-        return self.fetch(index[mine], mirror[mine]), self.labels[index[mine]]
+        index = torch.randint(len(self.images), (n,), generator=generator, device=self.home)
+        mirror = torch.rand(n, generator=generator, device=self.home) < 0.5
+        return self.fetch(index[mine], mirror[mine]), self.labels[index[mine]].to(self.device)
 
     def fetch(self, index, mirror):
-        images = to_float(self.images[index.to(self.images.device)].to(self.device))
+        images = self.images[index]
+        if self.home != self.device:
+            images, mirror = images.pin_memory(), mirror.pin_memory()
+        images = to_float(images.to(self.device, non_blocking=True))
+        mirror = mirror.to(self.device, non_blocking=True)
         if self.flip:
             images = torch.where(mirror[..., None, None, None], images.flip(-1), images)
         return images
@@ -319,7 +331,7 @@ def read_image(path):
 @contextmanager
 def whole(path):
     """A file to write bytes to, that takes the name path only when all of it is on the disk."""
-    part = f"{path}.{os.getpid()}.tmp"
+    part = f"{path}.{os.getpid()}.{os.urandom(2).hex()}.tmp"  # nobody else's, on no other node
     try:
         with open(part, "wb") as file:
             yield file
@@ -350,7 +362,7 @@ def save_grid(images, path, columns):
     save_image(grid, path, max(1, round(56 / images.shape[-1])))
 
 
-# What all scripts share
+# What all scripts share: arguments, errors, and the processes of torchrun
 
 
 def number(kind, least, most):
@@ -392,6 +404,67 @@ def progress(what, done, total):
     if sys.stderr.isatty():
         end = "\n" if done >= total else ""
         print(f"\r{what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+
+
+waiting_room = None  # the ranks, for what may take hours; elsewhere ten minutes mean that one hangs
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_ranks(device):
+    """Joins the other processes of torchrun, if there are any."""
+    global waiting_room
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        waiting_room = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def first_on_node():
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextmanager
+def node_first():
+    """The first rank of every node goes through this alone, to download and to fill caches."""
+    if not first_on_node():
+        dist.barrier(waiting_room)
+    yield
+    if first_on_node() and world_size() > 1:
+        dist.barrier(waiting_room)
+
+
+def gather(items):
+    """Lists of all ranks, dealt like cards, as one list on the first rank; None on the others."""
+    if world_size() == 1:
+        return items
+    hands = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(items, hands, group=waiting_room)
+    if rank() > 0:
+        return None
+    together = [None] * sum(len(hand) for hand in hands)
+    for i, hand in enumerate(hands):
+        together[i :: world_size()] = hand
+    return together
+
+
+def say(text):
+    """print(), of the first rank only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def finish():
+    """Waits for the first rank, which may still be judging samples, to leave together."""
+    if world_size() > 1:
+        dist.barrier(waiting_room)
+        dist.destroy_process_group()
 
 
 def run(main):

@@ -105,9 +105,8 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
         w = y.new_ones(y.shape[:-1])
         if w_neg is not None:
             w[..., : w_neg.shape[-1]] = w_neg
-        centre = as_float(x).mean(
-            -2, keepdim=True
-        )  # V sees no shift, but far-off floats lose digits
+        # V sees no shift, but the distances of points far from the origin lose digits.
+        centre = as_float(x).mean(-2, keepdim=True)
         y = y - centre
         D = distance(x - centre, y)
         return field_weights(D, w, y_pos.shape[-2], tau, mask_self, iters, floor) @ y
@@ -128,25 +127,25 @@ def mean_over_ranks(t):
 def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
     """V of Algorithm 1, for features of several shapes at once.
 
-    targets: for each shape a tensor y [F, G, T, C] of F features in G groups: the n_gen samples
-    themselves, then unconditional images, then the n_pos positives. w [L, T]: their weights, for L
-    labels of G / L groups each.
+    targets: an iterator, for each shape over a tensor y [F, G, T, C] of F features in G groups: the
+    n_gen samples themselves, then unconditional images, then the n_pos positives. w [L, T]: their
+    weights, for L labels of G / L groups each.
 
     -> V [F, G, n_gen, C] for each shape, to be added to the samples; and, all features in one row,
     s [features], by which a feature is divided, scale and drift [features, taus]: see drift_loss().
     """
-    counts = [len(y) for y in targets]
     with exact_float32(w.device.type):
         # The mean distance of a feature, over groups, samples and targets, is its unit of length.
         centred, distances, weights, means = [], [], [], []
         for y in targets:
-            y = as_float(y)
-            centred.append(y - y[:, :, :n_gen].mean(2, keepdim=True))
+            centre = y[:, :, :n_gen].mean(2, keepdim=True, dtype=w.dtype)
+            centred.append(y - centre)  # in float32, though y may be bf16
             distances.append(distance(centred[-1][:, :, :n_gen], centred[-1]))
             weights.append(w.repeat_interleave(y.shape[1] // len(w), 0))
             means.append((distances[-1].mean(2) * weights[-1]).mean((1, 2)))
         means = mean_over_ranks(torch.cat([*means, w.mean().unsqueeze(0)]))
         scale = means[:-1] / means[-1]
+        counts = [len(y) for y in centred]
         tau = torch.stack([tau * scale.clamp(min=1e-3) for tau in taus], dim=1)
         tau = tau[:, None, :, None, None].split(counts)  # [F, 1, taus, 1, 1] for each shape
 
@@ -211,11 +210,21 @@ def drift_loss(
 
 
 def by_shape(fx):
-    """Names of features {name: [B, l, C]} as a list of lists, each of one shape."""
+    """Names of features {name: [B, l, C]} as a list of lists, each of one shape and type."""
     names = {}
     for name, f in fx.items():
-        names.setdefault(f.shape[1:], []).append(name)
+        names.setdefault((f.shape[1:], f.dtype), []).append(name)
     return list(names.values())
+
+
+def join_targets(names, L, *sets):
+    """Features [L * n, l, C] of some names, of samples and of real images, as [F, L * l, T, C]."""
+    y = []
+    for f in sets:
+        if len(f[names[0]]):  # there may be no unconditional ones
+            f = torch.stack([f[name].detach() for name in names])
+            y.append(f.unflatten(1, (L, -1)).transpose(2, 3))  # [F, L, l, n, C]
+    return torch.cat(y, dim=3).flatten(1, 2)  # a group is a label and a location
 
 
 def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
@@ -232,18 +241,11 @@ def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
     w_unc = (alpha - 1) * (n_gen - 1) / max(1, n_unc)
     one = torch.ones_like(w_unc)
     w = torch.stack([one] * n_gen + [w_unc] * n_unc + [one] * n_pos, dim=1)  # [L, T]
-    targets = []
-    for names in by_shape(fx):
-        y = []
-        for f, n in ((fx, n_gen), (fu, n_unc), (fp, n_pos)):
-            if n:
-                f = torch.stack([f[name].detach() for name in names])
-                y.append(f.unflatten(1, (L, n)).transpose(2, 3))  # [F, L, l, n, C]
-        targets.append(torch.cat(y, dim=3).flatten(1, 2))  # a group is a label and a location
+    targets = (join_targets(names, L, fx, fu, fp) for names in by_shape(fx))
     fields, s, scale, drift = normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor)
 
     rows, weights = [], []
-    for V, inverse in zip(fields, s.pow(-2).split([len(y) for y in targets]), strict=True):
+    for V, inverse in zip(fields, s.pow(-2).split([len(V) for V in fields]), strict=True):
         row = V.unflatten(1, (L, -1)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
         rows.append(row)  # [L * N, F * l * C]
         weights.append((inverse / V[0].numel()).repeat_interleave(row.shape[1] // len(V)))

@@ -58,20 +58,22 @@ def pooled_pixels(images, most=1024):
 
 
 def multiscale(maps):
-    """Feature maps {f: [B, C, H, W]} -> {name: [B, L, C]}, float32 (A.5).
+    """Feature maps {f: [B, C, H, W]} -> {name: [B, L, C]} (A.5).
 
     f: every location; f_mean, f_std: over all locations; f_mean_k, f_std_k: over patches of k x k,
     k = 2 and 4, where k divides H and W. std = sqrt(population variance + 1e-6). What has three
-    dimensions already, stays.
+    dimensions already, stays. Everything is kept in the type of the map, which halves the memory of
+    a bf16 encoder's features, but is computed in float32.
     """
     feats = {}
     for name, f in maps.items():
-        f = f if f.dtype == torch.float64 else f.float()
         if f.ndim == 3:
             feats[name] = f
             continue
+        dtype = f.dtype
         H, W = f.shape[-2:]
         feats[name] = rearrange(f, "b c h w -> b (h w) c")
+        f = f if dtype == torch.float64 else f.float()
         for end, p, q in (("", H, W), ("_2", 2, 2), ("_4", 4, 4)):
             if H % p or W % q:
                 continue
@@ -79,6 +81,7 @@ def multiscale(maps):
             mean = patches.mean((3, 5), keepdim=True)
             # torch.var_mean would say the same, far slower
             std = ((patches - mean).square().mean((3, 5)) + 1e-6).sqrt()
+            mean, std = mean.to(dtype), std.to(dtype)
             feats[f"{name}_mean{end}"] = rearrange(mean, "b c h 1 w 1 -> b (h w) c")
             feats[f"{name}_std{end}"] = rearrange(std, "b c h w -> b (h w) c")
     return feats
@@ -133,6 +136,7 @@ class Timm(nn.Module):
         size = (self.size, self.size)
         x = F.interpolate(images.expand(-1, 3, -1, -1), size, mode=self.mode, antialias=True)
         x = ((x + 1) / 2 - self.mean) / self.std
+        x = x.to(next(self.net.parameters()).dtype)
         maps = {"norm_x": norm_x(x)}
         if not self.blocks:
             return maps | {f"stage{i + 1}": f for i, f in enumerate(self.net(x))}
@@ -189,7 +193,10 @@ class Encoder(nn.Module):
         pixels(torch.zeros(1, channels, size, size), pools)  # complains of the pools now
         self.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cuda":
-            self.to(memory_format=torch.channels_last)  # on a CPU it is slower
+            # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
+            for net in self.nets:
+                net = net.net if isinstance(net, Timm) else net
+                net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 
     def forward(self, images):
         feats = pixels(images, self.pools)

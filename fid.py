@@ -71,7 +71,7 @@ class Network:
 
     def __init__(self, spec, input_size, size, device):
         self.encoder = Encoder(spec, 3, size, input_size=input_size, device=device)
-        self.protocol = f"{spec}-{input_size or 'own size'}".replace("/", "_")
+        self.protocol = re.sub(r"[^\w.]+", "-", f"{spec}-{input_size or 'own size'}")
         self.device = torch.device(device)
 
     def __call__(self, images):
@@ -150,7 +150,7 @@ def precision_recall(real, fake, k=3):
 # Scores of sets of images
 
 
-def extract(batches, n, net, what):
+def extract(batches, n, net, what="images"):
     """Features [n, C] and probabilities or None, on the CPU, of an iterator over uint8 batches."""
     features, probabilities = [], []
     done = 0
@@ -198,7 +198,11 @@ def reference(images, name, net, folder, batch=100):
 
 def measure(batches, n, net, ref, what="samples"):
     """Scores of n images, an iterator over uint8 batches, against a reference(): a dictionary."""
-    f, p = extract(batches, n, net, what)
+    return compare(*extract(batches, n, net, what), net, ref)
+
+
+def compare(f, p, net, ref):
+    """The same from features f [n, C] and probabilities p, or None, of the images."""
     precision, recall = precision_recall(ref["some"], subset(f))
     return {
         "fid": frechet_distance(*gaussian(f), ref["mean"], ref["cov"]),

@@ -11,7 +11,6 @@ $ python train.py --dataset cifar10 --encoder mae_cifar10.pt
 
 import argparse
 import math
-import os
 import signal
 import time
 import zlib
@@ -95,6 +94,7 @@ class MAE(nn.Module):
         p = self.patch
         x = rearrange(images, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p)
         maps = {"norm_x": norm_x(x)}
+        x = x.to(self.stem[0].weight.dtype)  # bf16 on a GPU
         x = maps["conv1"] = F.relu(self.stem(x))
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True), 1):
             for k, block in enumerate(stage, 1):
@@ -161,7 +161,6 @@ def train_mae(
     batch=128,
     lr=2e-3,
     seed=0,
-    say=print,
 ):
     """Trains a ResNet-MAE on the images of a data.Sampler; writes it to path and returns it.
 
@@ -172,7 +171,7 @@ def train_mae(
     """
     path, device = Path(path), torch.device(sampler.device)
     _, C, size, _ = sampler.images.shape
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = data.rank(), data.world_size()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     net, start = MAE(C, size, width, patch, layers, num_classes), 0
@@ -193,7 +192,7 @@ def train_mae(
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), weight_decay=0.01, fused=True)
     if start:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        say(f"{path}: going on after step {start}")
+        data.say(f"{path}: going on after step {start}")
     batch = math.ceil(batch / world) * world
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     began = saved = time.time()
@@ -222,8 +221,8 @@ def train_mae(
             right = (logits.argmax(1) == labels).float().mean().item()
             left = timedelta(seconds=int((steps - done) / speed))
             line = f"{done:6d}  mse of hidden pixels {mse.item():.4f}  classifier {right:.0%}"
-            say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
-        if rank == 0 and (done == steps or time.time() - saved > 60):
+            data.say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
+        if data.first_on_node() and (done == steps or time.time() - saved > 60):
             saved = time.time()
             state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
             if done < steps:
@@ -234,7 +233,7 @@ def train_mae(
             rows = data.to_uint8(torch.cat([row[:10].detach() for row in rows]))
             data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
     if world > 1:
-        dist.barrier()  # no rank reads path before it is there
+        dist.barrier(data.waiting_room)  # no rank reads path before it is there
     return net
 
 
@@ -284,34 +283,20 @@ def main():
     p.add_argument("--out", default="mae.pt", help="the encoder; goes on from it if it is there")
     p.add_argument("--device", type=data.device, default=data.default_device())
     args = p.parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # rank 0 may be reading
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    if rank > 0:
-        dist.barrier()  # rank 0 alone downloads and builds caches
-    images, labels, names = data.load(args.dataset, args.data_dir, args.size)
-    if rank == 0 and world > 1:
-        dist.barrier()
+    data.start_ranks(args.device)
+    with data.node_first():
+        images, labels, names = data.load(args.dataset, args.data_dir, args.size)
     flip = args.dataset not in ("digits", "mnist", "fashion") if args.flip is None else args.flip
     sampler = data.Sampler(images, labels, args.device, flip)
     plan = ("width", "patch", "layers", "steps", "cls_share", "batch", "lr", "seed")
     plan = {name: getattr(args, name) for name in plan}
-    say = print if rank == 0 else silent
-    net = train_mae(args.out, sampler, len(names), **plan, say=say)
-    say(f"{args.out}, {Path(args.out).with_suffix('.png')}")
-    if rank == 0 and args.dataset in ("mnist", "fashion", "cifar10"):
+    net = train_mae(args.out, sampler, len(names), **plan)
+    data.say(f"{args.out}, {Path(args.out).with_suffix('.png')}")
+    if data.rank() == 0 and args.dataset in ("mnist", "fashion", "cifar10"):
         test, test_labels, _ = data.load(args.dataset, args.data_dir, args.size, "test")
         compare_with_pixels(net.eval(), images, labels, test, test_labels, args.device)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def silent(text):
-    """print(), of a rank that is not the first."""
+    data.finish()
 
 
 if __name__ == "__main__":

@@ -82,19 +82,28 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the type of x: autocast would turn bf16 into float32 here, which has no fast kernel."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.q_norm = RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = RMSNorm(width // heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, cos, sin):
         q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        cos, sin = cos.to(v.dtype), sin.to(v.dtype)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         x = F.scaled_dot_product_attention(q, k, v)  # [B, h, T, d]
         return self.proj(rearrange(x, "b h t d -> b t (h d)"))
 
@@ -104,20 +113,20 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = int(4 * width * 2 / 3)  # 2/3: three matrices cost as much as the two of an MLP
         hidden = math.ceil(hidden / 32) * 32
-        self.w1 = nn.Linear(width, hidden)
-        self.w3 = nn.Linear(width, hidden)
+        self.w13 = nn.Linear(width, 2 * hidden)  # w1 and w3, in one matrix product
         self.w2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, value = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
 
 
 class Block(nn.Module):
     def __init__(self, width, heads, cond_dim):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.norm1 = RMSNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.norm2 = RMSNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width)
         self.adaln = nn.Linear(cond_dim, 6 * width)
 
@@ -138,18 +147,18 @@ class DiT(nn.Module):
         cond_dim = c.cond_dim or width
         patch_dim = c.in_channels * c.patch_size**2
         self.label_embed = nn.Embedding(c.num_classes, cond_dim)
-        self.style_embed = nn.EmbeddingBag(c.noise_coords * c.noise_classes, cond_dim, mode="sum")
+        self.style_embed = nn.Embedding(c.noise_coords * c.noise_classes, cond_dim)
         self.alpha_embed = nn.Sequential(
             nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
         )
-        self.alpha_norm = nn.RMSNorm(cond_dim, eps=1e-6)
+        self.alpha_norm = RMSNorm(cond_dim, eps=1e-6)
 
         self.patch_embed = nn.Linear(patch_dim, width)
         self.pos_embed = nn.Parameter(sincos_2d(width, c.input_size // c.patch_size))  # [1, HW, D]
         self.cls_proj = nn.Linear(cond_dim, width)
         self.cls_embed = nn.Parameter(torch.empty(1, c.n_cls_tokens, width))
         self.blocks = nn.ModuleList(Block(width, c.num_heads, cond_dim) for _ in range(c.depth))
-        self.final_norm = nn.RMSNorm(width, eps=1e-6)
+        self.final_norm = RMSNorm(width, eps=1e-6)
         self.final_adaln = nn.Linear(cond_dim, 2 * width)
         self.final_proj = nn.Linear(width, patch_dim)
         self.add_rope()
@@ -164,11 +173,12 @@ class DiT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def init_weights(self):
-        for m in self.modules():
+        for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
+                for w in m.weight.chunk(2 if name.endswith("w13") else 1):
+                    nn.init.xavier_uniform_(w)
                 nn.init.zeros_(m.bias)
-            elif isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
+            elif isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.02)
         for m in (self.alpha_embed[0], self.alpha_embed[2]):
             nn.init.normal_(m.weight, std=0.02)
@@ -181,7 +191,7 @@ class DiT(nn.Module):
         """What modulates every block [B, cond_dim]: class + styles + 0.02 * normalised guidance."""
         codes = self.style_embed.num_embeddings
         first = torch.arange(0, codes, self.config.noise_classes, device=style.device)
-        styles = self.style_embed(style + first)  # each coordinate has a table of its own
+        styles = self.style_embed(style + first).sum(1)  # each coordinate has a table of its own
         guidance = self.alpha_norm(self.alpha_embed(sinusoid(alpha)))
         return self.label_embed(label) + styles + 0.02 * guidance
 

@@ -44,8 +44,7 @@ GENERATOR_NAMES = {
     "attn.q_norm": "Attention_0/q_norm",
     "attn.k_norm": "Attention_0/k_norm",
     "attn.proj": "Attention_0/TorchLinear_1",
-    "mlp.w1": "SwiGLUFFN_0/TorchLinear_0",
-    "mlp.w3": "SwiGLUFFN_0/TorchLinear_1",
+    "mlp.w13": "SwiGLUFFN_0/TorchLinear_0",  # and TorchLinear_1
     "mlp.w2": "SwiGLUFFN_0/TorchLinear_2",
 }
 
@@ -85,10 +84,12 @@ def generator_key(name, config):
         _, i, module = module.split(".", 2)
         where = f"LightningDiT_0/blocks_{i}/"
     where += GENERATOR_NAMES[module]
-    if "TorchLinear" in where and leaf == "weight":
-        return [f"{where}/Dense_0/kernel"], (1, 0)  # [in, out]
     if "TorchLinear" in where:
-        return [f"{where}/Dense_0/bias"], (0,)
+        leaf, order = ("kernel", (1, 0)) if leaf == "weight" else ("bias", (0,))  # [in, out]
+        keys = [f"{where}/Dense_0/{leaf}"]
+        if module == "mlp.w13":
+            keys.append(keys[0].replace("TorchLinear_0", "TorchLinear_1"))
+        return keys, order
     if "Embed" in where:
         return [f"{where}/embedding"], (0, 1)
     return [f"{where}/{leaf}"], (0,)

@@ -31,7 +31,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
@@ -57,7 +57,7 @@ PRESETS = {  # what differs from the defaults of parse()
     | dict(steps=700, labels=5, n_unc=0, alpha_max=1),
     # one GPU, for hours; no GPU has seen it yet
     "cifar10": dict(size=32, model="S", patch=2, encoder="mae", pools=[2, 4], flip=True)
-    | dict(steps=100000, lr=3e-4, warmup=1000, ema=0.999, micro_batch=160, eval_every=5000)
+    | dict(steps=100000, lr=3e-4, warmup=1000, ema=0.999, eval_every=5000)
     | dict(n_gen=64, n_pos=64, n_unc=0, alpha_max=1),
     "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
 }
@@ -111,7 +111,7 @@ def parse(argv=None):
         "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density: alpha^-k"
     )
     p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels at alpha 1")
-    p.add_argument("--compile", action=yes_no, default=False)
+    p.add_argument("--compile", action=yes_no, help="if not given: on CUDA")
     p.add_argument("--log_every", type=positive_int, default=100)
     p.add_argument("--eval_every", type=positive_int, default=1000, help="and checkpoints")
     p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
@@ -219,72 +219,71 @@ def draw_batch(step, args, sampler, model, mine):
     -> label [l], alpha [l], pos [l, P, C, H, W], unc [l, U, C, H, W], noise [l * N, C, H, W],
     style [l * N, 32].
     """
-    device, key = sampler.device, (args.seed, step)
+    home, key = sampler.home, (args.seed, step)
     classes = model.config.num_classes
     label = []
     for i in range(math.ceil(args.labels / classes)):  # no class twice before every class came once
-        generator = stream(device, *key, "labels", i)
-        label.append(torch.randperm(classes, generator=generator, device=device))
+        generator = stream(home, *key, "labels", i)
+        label.append(torch.randperm(classes, generator=generator, device=home))
     label = torch.cat(label)[: args.labels]
+    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, stream(home, *key, "data"), mine)
+    device = sampler.device
+    label = label.to(device, non_blocking=True)
     alpha = torch.ones(args.labels, device=device)
     if args.n_unc:
         alpha = draw_alpha(args.labels, args, stream(device, *key, "alpha"))
-    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, stream(device, *key, "data"), mine)
     places = range(args.labels)[mine]
     noise = [model.draw(args.n_gen, stream(device, *key, "noise", place)) for place in places]
     noise, style = (torch.cat(draws) for draws in zip(*noise, strict=True))
     return label[mine], alpha[mine], pos, unc, noise, style
 
 
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def generate(forward, part):
     """Images of a part of the batch, (noise, style, label, alpha)."""
-    with autocast(part[0].device):
+    device = part[0].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         return forward(*part).to(part[0].dtype)
 
 
-def join(parts):
-    """Dictionaries of features of parts of a batch as one; takes them out, to free their memory."""
-    return {name: torch.cat([f.pop(name) for f in parts]) for name in list(parts[0])}
+@torch.no_grad()
+def encode_real(encode, pos, unc, size):
+    """Features of pos [l, P, C, H, W] and of unc [l, U, C, H, W], by parts of `size` images."""
+    n, real = pos.shape[0] * pos.shape[1], torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
+    missing = real.new_zeros(-len(real) % size, *real.shape[1:])  # fills the last part
+    parts = [encode(part) for part in torch.cat([real, missing]).split(size)]
+    f = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+    return {k: v[:n] for k, v in f.items()}, {k: v[n : len(real)] for k, v in f.items()}
 
 
-def images_gradient(x, pos, unc, alpha, encode, args):
+def images_gradient(x, pos, unc, alpha, encode, args, size):
     """The gradient of the loss with respect to images x [l * N, C, H, W], and stats of the drift.
 
     The drift needs the features of all images, and is a constant then. So every part of x is
     encoded without gradient, for the drift, and again with it; of the last part, once is enough.
     """
-    size = args.micro_batch or len(x)
     *parts, last = (part.requires_grad_() for part in x.split(size))
-    real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
-    with torch.no_grad(), autocast(x.device):
-        fr = join([encode(part) for part in real.split(size)])
+    fp, fu = encode_real(encode, pos, unc, size)
+    with torch.no_grad():
         fx = [encode(part) for part in parts]
-    with autocast(x.device):
-        f_last = encode(last)
-    fx = join([*fx, dict(f_last)])
-    n = pos.shape[0] * pos.shape[1]
-    fp, fu = {name: f[:n] for name, f in fr.items()}, {name: f[n:] for name, f in fr.items()}
+    f_last = encode(last)
+    fx = {name: torch.cat([*(f.pop(name) for f in fx), f_last[name]]) for name in f_last}
     # The loss is about the same number in every step, because each field is normalised by its own
     # size. Whether training works shows in the raw drift, which comes near that of real images.
     V, weight, stats = drift.features_drift(fx, fp, fu, alpha, args.taus, args.iters, args.floor)
-    del fr, fx, fp, fu
+    del fx, fp, fu
     *V, V_last = V.split(size)
     dx_last = torch.autograd.grad(drift.regress(f_last, V_last, weight), last)
     del f_last
     dx = []
     for part, v in zip(parts, V, strict=True):
-        with autocast(x.device):
-            f = encode(part)
-        dx += torch.autograd.grad(drift.regress(f, v, weight), part)
+        dx += torch.autograd.grad(drift.regress(encode(part), v, weight), part)
     return [*dx, *dx_last], stats
 
 
-def gradient(step, args, mine, sampler, model, forward, encode):
+def gradient(step, args, mine, sampler, model, forward, encode, size):
     """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
+
+    size: samples of a part, of which all that this rank generates is a multiple.
 
     The drift acts on images, so the step is cut there: images of all parts, the gradient of the
     loss with respect to them, and part by part that of the generator. The graph of the last part is
@@ -292,12 +291,12 @@ def gradient(step, args, mine, sampler, model, forward, encode):
     """
     label, alpha, pos, unc, noise, style = draw_batch(step, args, sampler, model, mine)
     inputs = noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen)
-    size = args.micro_batch or len(noise)
     *parts, last = zip(*(t.split(size) for t in inputs), strict=True)
     with torch.no_grad():
         x = [generate(forward, part) for part in parts]
     x_last = generate(forward, last)
-    dx, stats = images_gradient(torch.cat([*x, x_last.detach()]), pos, unc, alpha, encode, args)
+    x = torch.cat([*x, x_last.detach()])
+    dx, stats = images_gradient(x, pos, unc, alpha, encode, args, size)
     x_last.backward(dx.pop())
     for part, d in zip(parts, dx, strict=True):
         generate(forward, part).backward(d)
@@ -311,26 +310,32 @@ def learning_rate(step, args):
     return args.lr * min(1, warmup, decay)
 
 
-def update(step, args, params, averages, optimizer):
-    """One step of the optimiser and of the average; returns the norm of the gradient.
+def update(step, args, params, averages, optimizer, stop):
+    """One step of the optimiser and of the average of the weights.
 
-    A gradient that is not finite changes nothing: the fused optimiser honours found_inf, as in
-    mixed precision, so that nobody has to ask the GPU first.
+    -> the norm of the gradient, and whether any rank has been told to stop. A gradient that is not
+    finite changes nothing: the fused optimiser honours found_inf, as in mixed precision, so that
+    nobody has to ask the GPU first.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    if world_size() > 1:  # their shares of the labels are equal, so the mean is that of all
+    if data.world_size() > 1:  # their shares of the labels are equal: the mean is that of all
         grads = [p.grad for p in params]
-        flat = parameters_to_vector(grads)
+        told = torch.full_like(grads[0].flatten()[:1], bool(stop))
+        flat = torch.cat([parameters_to_vector(grads), told])
         dist.all_reduce(flat)
-        vector_to_parameters(flat / world_size(), grads)
+        vector_to_parameters(flat[:-1] / data.world_size(), grads)
+        stop = flat[-1]
     norm = clip_grad_norm_(params, 2.0)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()
+    if args.device.type in ("cpu", "cuda"):
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+    elif norm.isfinite():  # elsewhere found_inf is ignored
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         torch._foreach_lerp_(averages, params, 1 - args.ema)  # no bias correction, as the authors
-    return norm
+    return norm, stop
 
 
 def count_skipped(skipped, norm):
@@ -340,30 +345,45 @@ def count_skipped(skipped, norm):
     return torch.stack([skipped[0] + bad, row, torch.maximum(skipped[2], row)])
 
 
-# Ranks, signals, checkpoints
+# Memory, signals, checkpoints
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+def part_size(n, most):
+    """The largest number of samples, at most so many, that cuts n into equal parts."""
+    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+def choose_part(args, n, model, encode):
+    """Samples of a part: --micro_batch, or by the free memory of a GPU; elsewhere all n."""
+    if args.micro_batch or args.device.type != "cuda":
+        return part_size(n, args.micro_batch or n)
+    few = part_size(n, 16)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    noise, style = model.draw(few, torch.Generator(args.device))
+    label, alpha = style[:, 0] % model.config.num_classes, torch.ones(few, device=args.device)
+    features = encode(generate(model, (noise, style, label, alpha)))
+    sum(f.float().sum() for f in features.values()).backward()
+    model.zero_grad(set_to_none=True)
+    activations = (torch.cuda.max_memory_allocated() - held) / few
+    numbers = sum(f[0].numel() for f in features.values())
+    # For all samples at once the drift holds a handful of numbers for each of their features.
+    drift_bytes = 4 * numbers * n * (6 + 2 * len(args.taus) + 2 * args.n_pos / args.n_gen)
+    free = 0.9 * torch.cuda.mem_get_info()[0] - drift_bytes
+    return part_size(n, int(free / activations))
 
 
-def say(text):
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def start_ranks(args):
-    """Joins the other processes of torchrun, if there are any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # rank 0 may be reading
-    if args.labels % world_size():
-        args.labels += -args.labels % world_size()
-        say(f"labels: {args.labels}, a multiple of {world_size()} ranks")
+@contextmanager
+def enough_memory(args, when):
+    """A lack of memory is one line that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        per_rank = args.labels // data.world_size()
+        how = f"give --micro_batch, now {args.micro_batch}, or lower --n_gen or --labels"
+        sys.exit(f"{when}: not enough memory for {per_rank} x {args.n_gen} samples: {how}")
 
 
 class Stop:
@@ -382,13 +402,6 @@ class Stop:
         when = "at once" if self.training else "before the first step"
         print(f"stopped {when}: the same command begins again, or goes on by --resume", flush=True)
         sys.exit(130 if number == signal.SIGINT else 0)
-
-    def agreed(self):
-        """The signal that any rank has seen, 0 for none: all leave at the same step."""
-        seen = torch.tensor([self.signal])
-        if world_size() > 1:
-            dist.all_reduce(seen, dist.ReduceOp.MAX)  # on the CPU
-        return int(seen)
 
 
 def light(out):
@@ -431,46 +444,62 @@ def to_store(args):
 
 
 class Scores:
-    """Compares samples of the averaged weights with real images; on the first rank only."""
+    """Compares samples of the averaged weights with real images. All ranks draw, one looks."""
 
     def __init__(self, args, images, labels):
-        n = min(10000, 2**28 // images[0].numel())  # at most 1 GB
-        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
         self.args = args
         self.out = Path(args.out).with_name("samples.png")
+        if args.fid_every:
+            self.inception = fid.Inception(device=args.device)
+        if data.rank() > 0:
+            return
+        n = min(10000, 2**28 // images[0].numel(), len(images))  # at most 1 GB
+        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
         self.real = data.to_float(images[some].to(args.device))
         self.labels = labels[some].to(args.device)
-        n = len(some)
         half = min(N_EVAL, n // 2)
         a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
         self.best = (
             f"{fid.score_text(fid.scores(*a, *b))}  ({half} real, against {n - half} others)"
         )
         if args.fid_every:
-            self.inception = fid.Inception(device=args.device)
             self.reference = fid.reference(images, args.dataset, self.inception, args.data_dir)
 
     def samples(self, ema, n):
-        """Classes in turn [n], and batches of their images as users get them, always the same."""
-        label = torch.arange(n, device=self.args.device) % ema.config.num_classes
+        """This rank's batches of n images, classes in turn; the same images on any number."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        return label, (data.to_uint8(ema.generate(x, 1.0, generator)) for x in label.split(250))
+        label = torch.arange(n, device=self.args.device) % ema.config.num_classes
+        for i, part in enumerate(label.split(250)):
+            if i % data.world_size() == data.rank():
+                yield data.to_uint8(ema.generate(part, 1.0, generator))
+            else:
+                for _ in part:
+                    ema.draw(1, generator)  # another rank's noise
 
     def print(self, step, ema):
-        label, batches = self.samples(ema, N_EVAL)
-        fake = torch.cat(list(batches))
+        batches = data.gather([x.cpu() for x in self.samples(ema, N_EVAL)])
+        if data.rank() > 0:
+            return
+        fake = torch.cat(batches).to(self.args.device)
+        classes = ema.config.num_classes
         try:
-            data.save_grid(fake[:100], self.out, min(10, ema.config.num_classes))
+            data.save_grid(fake[:100], self.out, min(10, classes))
         except OSError as error:  # no room for a picture is not the end of a run
             print(f"cannot write {self.out} ({error})", file=sys.stderr, flush=True)
+        label = torch.arange(len(fake), device=self.args.device) % classes
         score = fid.scores(data.to_float(fake), label, self.real, self.labels)
         real = f"{len(fake)} at alpha 1, against {len(self.real)} real"
-        print(f"{step:6d}  {fid.score_text(score)}  ({real})\n  real  {self.best}", flush=True)
+        data.say(f"{step:6d}  {fid.score_text(score)}  ({real})\n  real  {self.best}")
 
     def print_fid(self, step, ema):
-        _, batches = self.samples(ema, N_FID)
-        score = fid.measure(batches, N_FID, self.inception, self.reference, f"step {step}")
-        print(f"{step:6d}  {fid.text(score)}", flush=True)
+        found = [fid.extract([x], N_FID, self.inception) for x in self.samples(ema, N_FID)]
+        found = data.gather(found)
+        if data.rank() > 0:
+            return
+        f, p = zip(*found, strict=True)
+        p = None if p[0] is None else torch.cat(p)
+        score = fid.compare(torch.cat(f), p, self.inception, self.reference)
+        data.say(f"{step:6d}  {fid.text(score)}")
 
 
 def drift_text(stats, taus):
@@ -496,14 +525,11 @@ def peak_memory(device):
 
 def load_data(args, checkpoint):
     """-> images, labels, names of the classes, and the generator of --init, if there is one."""
-    if rank() > 0:
-        dist.barrier()  # the first rank alone downloads and builds caches
-    initial = DiT.load(args.init)[0] if args.init and not checkpoint else None
-    if initial:
-        args.size, args.patch = initial.config.input_size, initial.config.patch_size
-    images, labels, names = data.load(args.dataset, args.data_dir, args.size)
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
+    with data.node_first():
+        initial = DiT.load(args.init)[0] if args.init and not checkpoint else None
+        if initial:
+            args.size, args.patch = initial.config.input_size, initial.config.patch_size
+        images, labels, names = data.load(args.dataset, args.data_dir, args.size)
     count = labels.bincount(minlength=len(names))
     if count.min() < args.n_pos:
         few = f"class {names[count.argmin()]!r} has {count.min()} images"
@@ -530,7 +556,7 @@ def build_model(args, checkpoint, initial, channels, names):
         raise ValueError(f"{given}, the images of {args.dataset} have {channels}")
     old = initial.config.num_classes
     if old != len(names):
-        say(f"class table: {len(names)} new rows, each the mean of the {old} old ones")
+        data.say(f"class table: {len(names)} new rows, each the mean of the {old} old ones")
         initial.resize_classes(len(names))
     return initial
 
@@ -544,15 +570,18 @@ def build_encoder(args, sampler, num_classes):
         path = Path(args.data_dir) / f"mae_{name}_{size}.pt"
         if not path.exists():
             others = ",".join(name for name in names if name != "mae")
-            # if the others cannot be had, say so before training
-            features.Encoder(others or "pixels", channels, size, args.pools, args.encoder_size)
-            say(f"training an encoder first, {path}; python mae.py trains a better one, given time")
+            with data.node_first():  # if the others cannot be had, say so before training
+                features.Encoder(others or "pixels", channels, size, args.pools, args.encoder_size)
+            data.say(
+                f"training an encoder first, {path}; python mae.py trains a better one, given time"
+            )
         # at least 14 locations across, and no classifier: see docs/cifar10.md
         patch = max([k for k in range(1, size) if size % k == 0 and size // k >= 14], default=1)
-        mae.train_mae(path, sampler, num_classes, patch=patch, cls_share=0, say=say)
+        mae.train_mae(path, sampler, num_classes, patch=patch, cls_share=0)
         names = [str(path) if name == "mae" else name for name in names]
     spec, device = ",".join(names), sampler.device
-    encode = features.Encoder(spec, channels, size, args.pools, args.encoder_size, device)
+    with data.node_first():
+        encode = features.Encoder(spec, channels, size, args.pools, args.encoder_size, device)
     timm = any(isinstance(net, features.Timm) for net in encode.nets)
     if args.deterministic and device.type == "cuda" and timm:
         raise ValueError("--deterministic: torch resizes images for timm otherwise on a GPU")
@@ -580,7 +609,7 @@ def tidy(args, checkpoint):
     if out.is_dir():
         raise ValueError(f"{out} is a folder: --out names the checkpoint file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
+    if data.rank() == 0:
         for name in (out.name, light(out).name):
             for part in out.parent.glob(f"{name}.*.tmp"):
                 part.unlink()
@@ -589,110 +618,108 @@ def tidy(args, checkpoint):
 
 
 @torch.no_grad()
-def real_drift(args, mine, sampler, encode, num_classes):
+def real_drift(args, mine, sampler, encode, size):
     """Stats of the drift of real images in the place of samples: what it can fall to."""
-    label = torch.arange(args.labels, device=sampler.device) % num_classes
-    generator = torch.Generator(sampler.device).manual_seed(0)
+    label = torch.arange(args.labels, device=sampler.home) % len(sampler.count)
+    generator = torch.Generator(sampler.home).manual_seed(0)
     both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
     x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-    size = args.micro_batch or len(x) * args.n_gen
-    fs = []
-    for images in (x, pos, unc):
-        with autocast(sampler.device):
-            fs.append(join([encode(part) for part in images.flatten(0, 1).split(size)]))
+    fp, fu = encode_real(encode, pos, unc, size)
+    fx, _ = encode_real(encode, x, x[:, :0], size)
     one = torch.ones(len(x), device=sampler.device)
-    return drift.features_drift(*fs, one, args.taus, args.iters, args.floor)[2]
+    return drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
 
 
 def main(argv=None):
     args, checkpoint = parse(argv)
     stop = Stop()
-    start_ranks(args)
+    data.start_ranks(args.device)
+    world, device = data.world_size(), args.device
+    if args.labels % world:
+        args.labels += -args.labels % world
+        data.say(f"labels: {args.labels}, a multiple of {world} ranks")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products are refused
         torch.use_deterministic_algorithms(True)
     if args.resume == "auto" and not checkpoint:
-        say(f"no {args.out} to resume: a new start")
+        data.say(f"no {args.out} to resume: a new start")
 
     # What a user can get wrong is found here, before anything is written.
     images, labels, names, initial = load_data(args, checkpoint)
-    model = build_model(args, checkpoint, initial, images.shape[1], names).to(args.device)
+    model = build_model(args, checkpoint, initial, images.shape[1], names).to(device)
     optimizer, ema = build_optimizer(args, checkpoint, model)
     tidy(args, checkpoint)
-    sampler = data.Sampler(images, labels, args.device, args.flip)
+    sampler = data.Sampler(images, labels, device, args.flip)
     encode = build_encoder(args, sampler, len(names))
-    scores = Scores(args, images, labels) if rank() == 0 else None
+    scores = Scores(args, images, labels)
     params, averages = list(model.parameters()), list(ema.parameters())
-    forward = model
-    if args.compile:
-        forward, encode = torch.compile(model), torch.compile(encode)
-        drift.field_weights = torch.compile(drift.field_weights)
 
-    per_rank, per_step = args.labels // world_size(), args.labels * args.n_gen
-    mine = slice(rank() * per_rank, (rank() + 1) * per_rank)  # this rank's labels of a step
-    say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
-    say(f"{len(images):,} images of {len(names)} classes, {world_size()} x {args.device}")
-    parameters = sum(p.numel() for p in params) / 1e6
-    say(f"{parameters:.2f}M parameters, {args.labels} x {args.n_gen} samples a step")
-    if sampler.count.min() >= args.n_gen + args.n_pos:
-        stats = real_drift(args, mine, sampler, encode, len(names))
-        say(f"  real  {drift_text(stats, args.taus)}")
+    per_rank = args.labels // world
+    mine = slice(data.rank() * per_rank, (data.rank() + 1) * per_rank)  # this rank's labels
+    forward, compiled = model, device.type == "cuda" if args.compile is None else args.compile
+    with enough_memory(args, "before the first step"):
+        size = choose_part(args, per_rank * args.n_gen, model, encode)
+        if compiled:
+            forward, encode = torch.compile(model), torch.compile(encode)
+            drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
+        data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
+        data.say(f"{len(images):,} images of {len(names)} classes, {world} x {device}")
+        parameters = sum(p.numel() for p in params) / 1e6
+        plan = f"{args.labels} x {args.n_gen} samples a step"
+        data.say(f"{parameters:.2f}M parameters, {plan}, {size} at a time on a rank")
+        if sampler.fewest >= args.n_gen + args.n_pos:
+            stats = real_drift(args, mine, sampler, encode, size)
+            data.say(f"  real  {drift_text(stats, args.taus)}")
 
     start = checkpoint["step"] if checkpoint else 0
     end = max(start, min(args.steps, args.stop_after or args.steps))
     began = time.time()
     total, since, then = 0, start, began  # of the drift's stats, since that step and that moment
-    skipped = torch.zeros(3, device=args.device)
-    unsaved = False
+    skipped = torch.zeros(3, device=device)
+    unsaved = stopping = False
     stop.training = True
     for step in range(start, end):
         done = step + 1
-        try:
-            total = total + gradient(step, args, mine, sampler, model, forward, encode)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-                error
-            ):
-                raise
-            how = f"give --micro_batch, now {args.micro_batch}, or lower --n_gen or --labels"
-            sys.exit(f"step {done}: not enough memory for {per_rank} x {args.n_gen} samples: {how}")
-        norm = update(step, args, params, averages, optimizer)
+        with enough_memory(args, f"step {done}"):
+            stats = gradient(step, args, mine, sampler, model, forward, encode, size)
+        norm, told = update(step, args, params, averages, optimizer, stop.signal)
+        total = total + stats
         skipped = count_skipped(skipped, norm)
 
-        signalled = stop.agreed()
         log = done % args.log_every == 0 or done == start + 1
-        full = done % args.eval_every == 0 or done == end or signalled
-        measure = args.fid_every and done % args.fid_every == 0 and not signalled
+        full = done % args.eval_every == 0 or done == end
+        measure = args.fid_every and done % args.fid_every == 0
+        if not (log or full or measure or done % 10 == 0 or device.type == "cpu" or world == 1):
+            continue  # nobody asks the GPU for anything
+        stopping = bool(told)
         if (log or full or measure or done % 10 == 0) and skipped[2] >= 10:
             kept = f"{args.out} keeps the last good step; lower --lr {args.lr:g}"
             sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
         if log:
             speed = (done - since) / (time.time() - then)  # steps per second
             left = timedelta(seconds=int((end - done) / speed))
-            line = f"{done:6d}  {drift_text(total / (done - since), args.taus)}"
-            line += f"  grad {norm.item():.2f}  {speed * per_step:,.0f} images/s  {left} left"
-            say(line + (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""))
+            line = f"{done:6d}  {drift_text(total / (done - since), args.taus)}  grad {norm:.2f}"
+            line += f"  {speed * args.labels * args.n_gen:,.0f} images/s  {left} left"
+            data.say(line + (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""))
             total, since, then = 0, done, time.time()
-        if rank() == 0 and (full or (unsaved and log)):
+        if data.rank() == 0 and (full or stopping or (unsaved and log)):
             unsaved = not save(done, args, names, model, ema, optimizer)
-        if rank() == 0 and full and not signalled:
+        if stopping:
+            data.say(f"stopped after step {done}; go on with --resume {args.out}")
+            break
+        if full:
             scores.print(done, ema)
-        if rank() == 0 and measure:
+        if measure:
             scores.print_fid(done, ema)
         if full or measure:
             total, since, then = 0, done, time.time()  # not a part of the speed
-        if signalled:
-            say(f"stopped after step {done}; go on with --resume {args.out}")
-            break
-    else:
-        memory = peak_memory(args.device)
-        say(f"{end - start} steps in {time.time() - began:.0f} s, {memory:.2f} GB: {args.out}")
-    if world_size() > 1:
-        dist.barrier()  # the first rank may still be judging samples; leave together
-        dist.destroy_process_group()
+    if not stopping:
+        memory = f"{peak_memory(device):.2f} GB"
+        data.say(f"{end - start} steps in {time.time() - began:.0f} s, {memory}: {args.out}")
+    data.finish()
     if unsaved:
         sys.exit(f"the last steps are not in {args.out}: make room on the disk and --resume")
-    if stop.signal == signal.SIGINT:
+    if stopping and stop.signal == signal.SIGINT:
         sys.exit(130)
 
 

@@ -63,9 +63,9 @@ def test_train_mae_goes_on_and_refuses_another_plan(monkeypatch, tmp_path, capsy
     assert not (tmp_path / "other.pt").exists()
 
 
-def test_train_mae_learns_to_fill_in(tmp_path):
+def test_train_mae_learns_to_fill_in(tmp_path, capsys):
     images, labels, _ = data.load("digits", size=16)
-    sampler, lines = data.Sampler(images, labels, "cpu"), []
+    sampler = data.Sampler(images, labels, "cpu")
     net = mae.train_mae(
         tmp_path / "a.pt",
         sampler,
@@ -76,8 +76,8 @@ def test_train_mae_learns_to_fill_in(tmp_path):
         steps=80,
         cls_share=1,
         batch=64,
-        say=lines.append,
     )
+    lines = capsys.readouterr().out.splitlines()
     mse = [float(line.split("pixels ")[1].split()[0]) for line in lines]
     right = [int(line.split("classifier ")[1].split("%")[0]) for line in lines]
     assert len(lines) == 2 and mse[1] < 0.5 * mse[0] and right[1] > right[0] + 20, lines

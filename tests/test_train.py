@@ -51,7 +51,7 @@ def test_presets():
     assert small.patch == 8 and none is None  # flags override
     assert training.parse(["--dataset", "cifar10-16", "--no-flip"])[0].flip is False
     large, _ = training.parse(["--dataset", "cifar10"])
-    assert (large.size, large.model, large.flip, large.micro_batch) == (32, "S", True, 160)
+    assert (large.size, large.model, large.flip, large.micro_batch) == (32, "S", True, None)
     assert training.parse([])[0].size == 8
     assert training.parse(["--dataset", "folder:some/where"])[0].size == 64
     known = {"digits", "mnist", "fashion", "cifar10", "cifar10-16", "folder"}
