@@ -220,6 +220,7 @@ def main():
     args = p.parse_args()
     if not set(BENCHES).issuperset(args.what):
         p.error(f"{' '.join(args.what)}: there are {', '.join(BENCHES)}")
+    torch.set_flush_denormal(True)
     torch.manual_seed(0)
     args.name = f"{torch.get_num_threads()} CPU threads"
     if args.device.type == "cuda":

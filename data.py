@@ -434,10 +434,10 @@ def first_on_node():
 def node_first():
     """The first rank of every node goes through this alone, to download and to fill caches."""
     if not first_on_node():
-        dist.barrier(waiting_room)
+        wait()
     yield
-    if first_on_node() and world_size() > 1:
-        dist.barrier(waiting_room)
+    if first_on_node():
+        wait()
 
 
 def gather(items):
@@ -454,6 +454,12 @@ def gather(items):
     return together
 
 
+def wait():
+    """Until all ranks are here, which may take hours."""
+    if world_size() > 1:
+        dist.barrier(waiting_room)
+
+
 def say(text):
     """print(), of the first rank only."""
     if rank() == 0:
@@ -462,8 +468,8 @@ def say(text):
 
 def finish():
     """Waits for the first rank, which may still be judging samples, to leave together."""
+    wait()
     if world_size() > 1:
-        dist.barrier(waiting_room)
         dist.destroy_process_group()
 
 

@@ -6,7 +6,11 @@ The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.0
     loss = | x - stopgrad(x + V(x)) |^2                                 Algorithm 1: drift_loss()
 
 If the generated and the real distribution are the same, the two pulls cancel and V = 0. Training
-follows V until then. This file needs torch alone: copy it into your own project.
+follows V until then. Algorithm 1 also fixes the units (appendix A.6): see normalised_drift(). A
+step of train.py calls features_drift(), which does that for all features at once, and regress().
+
+This file needs torch alone, and pillow for the demo: copy it into your own project. In its shapes F
+are features of one shape, G groups (labels x locations), N samples, T their targets, C channels.
 
 Run by itself, it trains a small MLP on two 2-D data sets in seconds and draws drift.gif:
 $ python drift.py
@@ -20,9 +24,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 TAUS = (0.02, 0.05, 0.2)  # kernel widths, in units of the mean distance
-
-# exp() of far pairs gives denormal floats, on which some CPUs are several times slower.
-torch.set_flush_denormal(True)
 
 
 # Algorithm 2: the field
@@ -47,7 +48,7 @@ def as_float(x):
 def distance(x, y):
     """Euclidean distances [..., N, T] between the rows of x [..., N, C] and of y [..., T, C].
 
-    At least 1e-4, so that no gradient or logarithm of it is infinite.
+    At least 1e-4, as officially: rounding can make the square of a small one negative.
     """
     x_squared = x.square().sum(-1).unsqueeze(-1)
     y_squared = y.square().sum(-1).unsqueeze(-2)
@@ -55,10 +56,10 @@ def distance(x, y):
     return square.clamp_(min=1e-8).sqrt_()
 
 
-def affinity(distance, tau, mask_self=False, iters=1, floor=0.0):
+def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
     """A of Algorithm 2 [..., N, T]: geometric mean of the softmax over y and the softmax over x.
 
-    distance [..., N, T]; tau, the width of the kernel exp(-distance / tau), broadcasts to it. With
+    D [..., N, T] are distances, tau the width of the kernel exp(-D / tau); they are broadcast. With
     mask_self the first N columns are the rows themselves, and no sample sees itself.
 
     The mean is taken of logarithms. The official code takes sqrt(max(softmax * softmax, 1e-6)), so
@@ -66,30 +67,30 @@ def affinity(distance, tau, mask_self=False, iters=1, floor=0.0):
     y, and the samples of a class become one. floor=1e-6 reproduces that. iters > 1 repeats the
     averaging, which goes on towards the Sinkhorn coupling of x and y.
     """
-    logit = distance / -tau
+    logit = D / -tau
     if mask_self:
         # Finite: with one sample alone in its group, a softmax over x of -inf would be NaN.
         logit.diagonal(dim1=-2, dim2=-1).sub_(1e6)
     for _ in range(iters):
         over_y, over_x = logit.log_softmax(-1), logit.log_softmax(-2)
-        logit = torch.lerp(over_y, over_x, 0.5)
+        logit = torch.lerp(over_y, over_x, 0.5)  # log sqrt(softmax over y * softmax over x)
     A = logit.exp_()
     return A.clamp_(min=floor**0.5) if floor else A
 
 
-def field_weights(distance, w, n_pos, tau, mask_self=False, iters=1, floor=0.0):
+def field_weights(D, w, n_pos, tau, mask_self=False, iters=1, floor=0.0):
     """W of Algorithm 2 [..., N, T], by which V = W @ y; the last n_pos of the targets y are real.
 
     w [..., T] multiplies the affinities after the softmaxes: a weight scales the force of a target,
     not the mass for which the others compete. The rows of W sum to zero.
     """
-    A = affinity(distance, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))
+    A = affinity(D, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))
     A_neg, A_pos = A.split([A.shape[-1] - n_pos, n_pos], dim=-1)
     sum_neg = A_neg.sum(-1, keepdim=True)
     sum_pos = A_pos.sum(-1, keepdim=True)
-    A_pos.mul_(sum_neg)
-    A_neg.mul_(-sum_pos)
-    return A  # its two halves are W_pos and -W_neg now
+    A_pos.mul_(sum_neg)  # W_pos = A_pos * sum(A_neg), where A_pos was
+    A_neg.mul_(-sum_pos)  # -W_neg = -A_neg * sum(A_pos), where A_neg was
+    return A
 
 
 @torch.no_grad()
@@ -109,7 +110,8 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
         centre = as_float(x).mean(-2, keepdim=True)
         y = y - centre
         D = distance(x - centre, y)
-        return field_weights(D, w, y_pos.shape[-2], tau, mask_self, iters, floor) @ y
+        W = field_weights(D, w, y_pos.shape[-2], tau, mask_self, iters, floor)
+        return W @ y  # W_pos @ y_pos - W_neg @ y_neg
 
 
 # Algorithm 1: the loss, with the normalisations of appendix A.6
@@ -132,10 +134,12 @@ def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
     weights, for L labels of G / L groups each.
 
     -> V [F, G, n_gen, C] for each shape, to be added to the samples; and, all features in one row,
-    s [features], by which a feature is divided, scale and drift [features, taus]: see drift_loss().
+    scale [features], their weighted mean distance (of a sample to itself, too); s [features], which
+    a feature is divided by to have mean distance sqrt(C); and drift [features, taus], the mean
+    square of the field of each tau in features so divided.
     """
     with exact_float32(w.device.type):
-        # The mean distance of a feature, over groups, samples and targets, is its unit of length.
+        # 1. The mean distance of a feature, over groups, samples and targets, is its unit.
         centred, distances, weights, means = [], [], [], []
         for y in targets:
             centre = y[:, :, :n_gen].mean(2, keepdim=True, dtype=w.dtype)
@@ -146,28 +150,29 @@ def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
         means = mean_over_ranks(torch.cat([*means, w.mean().unsqueeze(0)]))
         scale = means[:-1] / means[-1]
         counts = [len(y) for y in centred]
-        tau = torch.stack([tau * scale.clamp(min=1e-3) for tau in taus], dim=1)
-        tau = tau[:, None, :, None, None].split(counts)  # [F, 1, taus, 1, 1] for each shape
+        # tau * sqrt(C) in x / s is tau * scale in x: [F, 1, taus, 1, 1] for each shape
+        widths = torch.stack([tau * scale.clamp(min=1e-3) for tau in taus], dim=1)
+        widths = widths[:, None, :, None, None].split(counts)
 
-        # Algorithm 2 for every tau, and the mean square of its field in normalised features; for as
-        # many groups at a time as a cache, or a small part of a GPU, holds of [taus, N, T].
+        # 2. Algorithm 2 for every tau, and the mean square of its field; for as many groups at a
+        # time as a cache, or a small part of a GPU, holds of [taus, N, T].
         most = 2**21 if w.device.type == "cpu" else 2**28
         fields, squares, s = [], [], []
         for i, mean in enumerate(scale.split(counts)):
-            y, D, w = centred[i], distances[i].unsqueeze(2), weights[i].unsqueeze(1)
+            y, D, w_i = centred[i], distances[i].unsqueeze(2), weights[i].unsqueeze(1)
             n = max(1, most // (len(y) * len(taus) * D[0, 0].numel()))
             V = []
-            for y_n, D_n, w_n in zip(y.split(n, 1), D.split(n, 1), w.split(n), strict=True):
-                W = field_weights(D_n, w_n, n_pos, tau[i], True, iters, floor)
+            for y_n, D_n, w_n in zip(y.split(n, 1), D.split(n, 1), w_i.split(n), strict=True):
+                W = field_weights(D_n, w_n, n_pos, widths[i], True, iters, floor)
                 V.append((W.flatten(2, 3) @ y_n).unflatten(2, W.shape[2:4]))
             V = V[0] if len(V) == 1 else torch.cat(V, dim=1)  # [F, G, taus, N, C]
             fields.append(V)
             squares.append(V.square().mean((1, 3, 4)))
-            s.append((mean / y.shape[-1] ** 0.5).clamp(min=1e-3))
+            s.append((mean / y.shape[-1] ** 0.5).clamp(min=1e-3))  # x / s: mean distance sqrt(C)
         s = torch.cat(s)
         drift = mean_over_ranks(torch.cat(squares) / s.square().unsqueeze(1))
 
-        # Every field is divided by its own root mean square; those of all taus are added.
+        # 3. Every field is divided by its own root mean square (of V / s), and they are added.
         r = drift.clamp(min=1e-8).rsqrt()[:, None, :, None, None].split(counts)
         V = [field.mul_(r[i]).sum(2) for i, field in enumerate(fields)]
     return V, s, scale, drift
@@ -202,7 +207,7 @@ def drift_loss(
     if x.ndim == 3:
         V, s, scale, drift = V[0], s[0], scale[0], drift[0]
     x = as_float(x)
-    error = (x - (x + V).detach()).square().mean((-3, -2, -1))
+    error = (x - (x + V).detach()).square().mean((-3, -2, -1))  # as in regress()
     return (error / s**2).sum(), {"scale": scale, "drift": drift}
 
 
@@ -238,9 +243,10 @@ def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
     """
     L = len(alpha)
     n_gen, n_unc, n_pos = (len(next(iter(f.values()))) // L for f in (fx, fu, fp))
+    # Guidance: the unconditional images together weigh (alpha - 1) times the other N - 1 samples.
     w_unc = (alpha - 1) * (n_gen - 1) / max(1, n_unc)
-    one = torch.ones_like(w_unc)
-    w = torch.stack([one] * n_gen + [w_unc] * n_unc + [one] * n_pos, dim=1)  # [L, T]
+    w = alpha.new_ones(L, n_gen + n_unc + n_pos)  # [L, T]
+    w[:, n_gen : n_gen + n_unc] = w_unc[:, None]
     targets = (join_targets(names, L, fx, fu, fp) for names in by_shape(fx))
     fields, s, scale, drift = normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor)
 
@@ -352,6 +358,7 @@ def main():
     args = p.parse_args()
     if args.steps < 1 or args.iters < 1 or not 0 <= args.floor <= 1:
         p.error("--steps and --iters must be at least 1, and --floor from 0 to 1")
+    torch.set_flush_denormal(True)  # as exp() of far pairs gives, slow on some CPUs
     torch.manual_seed(0)
     films = []
     for data in (swiss_roll, checkerboard):

@@ -1,7 +1,7 @@
 """
 Images to named feature vectors: the spaces in which the drift is measured.
 
-    images [B, C, H, W] in [-1, 1]  ->  {name: [B, L, C]}        L locations, C channels
+    images [B, C, H, W] in [-1, 1]  ->  {name: [B, l, C]}        l locations, C channels
 
 Every name is a drift problem of its own: it has its own scale, and the losses of all names are
 added, so that encoders mix without weights. Nothing here is needed to sample. --encoder of train.py
@@ -11,7 +11,7 @@ takes one of these, or several separated by commas:
     FILE.pt             a ResNet-MAE, the paper's own encoder, as trained by mae.py
     hf://mae_pixel_640  one that the authors have released, or a local folder with it
     dinov2, clip, ...   a foundation model of ALIASES; timm:NAME any other of timm's
-    NAME=FILE           one of those two, with weights from a local file
+    NAME=FILE           any of timm's, with weights from a local file
 """
 
 from difflib import get_close_matches
@@ -58,7 +58,7 @@ def pooled_pixels(images, most=1024):
 
 
 def multiscale(maps):
-    """Feature maps {f: [B, C, H, W]} -> {name: [B, L, C]} (A.5).
+    """Feature maps {f: [B, C, H, W]} -> {name: [B, l, C]} (A.5).
 
     f: every location; f_mean, f_std: over all locations; f_mean_k, f_std_k: over patches of k x k,
     k = 2 and 4, where k divides H and W. std = sqrt(population variance + 1e-6). What has three
@@ -136,8 +136,8 @@ class Timm(nn.Module):
         size = (self.size, self.size)
         x = F.interpolate(images.expand(-1, 3, -1, -1), size, mode=self.mode, antialias=True)
         x = ((x + 1) / 2 - self.mean) / self.std
-        x = x.to(next(self.net.parameters()).dtype)
         maps = {"norm_x": norm_x(x)}
+        x = x.to(next(self.net.parameters()).dtype)  # bf16 on a GPU
         if not self.blocks:
             return maps | {f"stage{i + 1}": f for i, f in enumerate(self.net(x))}
         kwargs = {"return_prefix_tokens": True} if self.prefix else {}
@@ -178,7 +178,7 @@ def build(name, channels, size, input_size):
 
 
 class Encoder(nn.Module):
-    """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, L, C]}.
+    """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, l, C]}.
 
     Gradients reach the images. spec: names separated by commas, see the top of this file; channels,
     size: of the images; pools: of pixels(); input_size: of timm's models, instead of their own.
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
 
     def __init__(self, spec, channels, size, pools=(), input_size=None, device="cpu"):
         super().__init__()
-        self.names = [name for name in spec.split(",") if name != "pixels"]
+        self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
         self.pools = pools
         pixels(torch.zeros(1, channels, size, size), pools)  # complains of the pools now

@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -200,7 +199,10 @@ def train_mae(
         generator = torch.Generator(device).manual_seed(seed * 10**6 + step)  # also if resumed
         images, labels = sampler.batch(batch, generator, mine)
         mask = draw_mask(batch, size, patch, generator)
-        hidden, mask = mask.sum() * C / world, mask[mine]  # of all ranks, whose shares differ
+        hidden, mask = (
+            mask.sum().clamp(min=1) * C / world,
+            mask[mine],
+        )  # of all ranks, whose shares differ
 
         warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
@@ -232,8 +234,7 @@ def train_mae(
             rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
             rows = data.to_uint8(torch.cat([row[:10].detach() for row in rows]))
             data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
-    if world > 1:
-        dist.barrier(data.waiting_room)  # no rank reads path before it is there
+    data.wait()  # no rank reads path before it is there
     return net
 
 

@@ -83,7 +83,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the type of x: autocast would turn bf16 into float32 here, which has no fast kernel."""
+    """In the type of x: autocast would make it float32, for which attention has no fast kernel."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):

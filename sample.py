@@ -55,8 +55,8 @@ def parse(argv=None):
     )
     p.add_argument("--device", type=data.device, default=data.default_device())
     args = p.parse_args(argv)
-    kind = Path(args.out).suffix
-    if kind not in ("", ".png", ".npz") and not args.out.endswith("/"):
+    args.kind = "" if args.out.endswith("/") else Path(args.out).suffix  # "": a folder
+    if args.kind not in ("", ".png", ".npz"):
         p.error(f"--out {args.out}: name a .png for a grid, a .npz, or a folder with / at its end")
     return args
 
@@ -106,7 +106,7 @@ def save_nearest(images, labels, real, real_labels, generator, path):
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
-    out, kind = Path(args.out), Path(args.out).suffix
+    out, kind = Path(args.out), args.kind
     model, trained = DiT.load(args.ckpt)
     model.eval().to(args.device)
     channels, classes = model.config.in_channels, model.config.num_classes

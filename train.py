@@ -88,9 +88,13 @@ def parse(argv=None):
     p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
     p.add_argument("--steps", type=positive_int, default=600, help="planned, by the schedule")
     p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3)
-    p.add_argument("--warmup", type=number(int, 0, 10**9), default=50, help="steps of it")
+    p.add_argument(
+        "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
+    )
     p.add_argument("--decay", type=share, default=0.4, help="last share of the steps, with lr to 0")
-    p.add_argument("--wd", type=number(float, 0, 1e6), default=0.01, help="of every parameter")
+    p.add_argument(
+        "--wd", type=number(float, 0, 1e6), default=0.01, help="weight decay, of all parameters"
+    )
     p.add_argument("--ema", type=share, default=0.99)
     p.add_argument(
         "--labels", type=number(int, 1, 10**5), default=10, help="of a step, on all ranks"
@@ -104,12 +108,8 @@ def parse(argv=None):
     p.add_argument("--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS))
     p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
     p.add_argument("--floor", type=share, default=0.0, help="1e-6: the official one")
-    p.add_argument(
-        "--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance: 1 to this"
-    )
-    p.add_argument(
-        "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density: alpha^-k"
-    )
+    p.add_argument("--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance up to")
+    p.add_argument("--alpha_k", type=number(float, -10, 10), default=3.0, help="as alpha^-k")
     p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels at alpha 1")
     p.add_argument("--compile", action=yes_no, help="if not given: on CUDA")
     p.add_argument("--log_every", type=positive_int, default=100)
@@ -129,9 +129,12 @@ def parse(argv=None):
         argv = [*as_flags(stored, known=vars(first)), "--out", out, *argv]
         first, _ = p.parse_known_args(argv)
     preset = PRESETS.get(first.dataset.split(":")[0], {})
-    p.set_defaults(**(preset if not checkpoint else dict.fromkeys(stored)))
+    if not checkpoint:
+        p.set_defaults(**preset)
     args = p.parse_args(argv)
     args.dataset = preset.get("dataset", args.dataset)
+    if not args.n_unc:
+        args.alpha_max = 1.0  # no unconditional images, no guidance
     if args.model not in SIZES and not checkpoint:
         raise ValueError(f"--model {args.model}: there are {', '.join(SIZES)}")
     for name in FIXED if checkpoint else ():
@@ -229,9 +232,7 @@ def draw_batch(step, args, sampler, model, mine):
     pos, unc = sampler.draw(label, args.n_pos, args.n_unc, stream(home, *key, "data"), mine)
     device = sampler.device
     label = label.to(device, non_blocking=True)
-    alpha = torch.ones(args.labels, device=device)
-    if args.n_unc:
-        alpha = draw_alpha(args.labels, args, stream(device, *key, "alpha"))
+    alpha = draw_alpha(args.labels, args, stream(device, *key, "alpha"))
     places = range(args.labels)[mine]
     noise = [model.draw(args.n_gen, stream(device, *key, "noise", place)) for place in places]
     noise, style = (torch.cat(draws) for draws in zip(*noise, strict=True))
@@ -247,9 +248,10 @@ def generate(forward, part):
 
 @torch.no_grad()
 def encode_real(encode, pos, unc, size):
-    """Features of pos [l, P, C, H, W] and of unc [l, U, C, H, W], by parts of `size` images."""
+    """Features of pos [l, P, C, H, W] and of unc [l, U, C, H, W], by parts of `size` at most."""
     n, real = pos.shape[0] * pos.shape[1], torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
-    missing = real.new_zeros(-len(real) % size, *real.shape[1:])  # fills the last part
+    size = part_size(len(real), size)
+    missing = real.new_zeros(-len(real) % size, *real.shape[1:])  # one shape for the compiler
     parts = [encode(part) for part in torch.cat([real, missing]).split(size)]
     f = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
     return {k: v[:n] for k, v in f.items()}, {k: v[n : len(real)] for k, v in f.items()}
@@ -283,7 +285,7 @@ def images_gradient(x, pos, unc, alpha, encode, args, size):
 def gradient(step, args, mine, sampler, model, forward, encode, size):
     """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
 
-    size: samples of a part, of which all that this rank generates is a multiple.
+    size: samples of a part.
 
     The drift acts on images, so the step is cut there: images of all parts, the gradient of the
     loss with respect to them, and part by part that of the generator. The graph of the last part is
@@ -314,8 +316,8 @@ def update(step, args, params, averages, optimizer, stop):
     """One step of the optimiser and of the average of the weights.
 
     -> the norm of the gradient, and whether any rank has been told to stop. A gradient that is not
-    finite changes nothing: the fused optimiser honours found_inf, as in mixed precision, so that
-    nobody has to ask the GPU first.
+    finite leaves the weights as they are: the fused optimiser honours found_inf, as in mixed
+    precision, so that nobody has to ask the GPU first.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
@@ -349,8 +351,8 @@ def count_skipped(skipped, norm):
 
 
 def part_size(n, most):
-    """The largest number of samples, at most so many, that cuts n into equal parts."""
-    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
+    """Samples of a part, at most so many, where n are cut into parts as equal as can be."""
+    return math.ceil(n / math.ceil(n / max(1, most)))
 
 
 def choose_part(args, n, model, encode):
@@ -369,7 +371,7 @@ def choose_part(args, n, model, encode):
     numbers = sum(f[0].numel() for f in features.values())
     # For all samples at once the drift holds a handful of numbers for each of their features.
     drift_bytes = 4 * numbers * n * (6 + 2 * len(args.taus) + 2 * args.n_pos / args.n_gen)
-    free = 0.9 * torch.cuda.mem_get_info()[0] - drift_bytes
+    free = 0.9 * torch.cuda.mem_get_info()[0] - drift_bytes - 2**32  # what comes and goes
     return part_size(n, int(free / activations))
 
 
@@ -387,7 +389,8 @@ def enough_memory(args, when):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first is remembered until the end of the step, the next one acts."""
+    """Ctrl-C and SIGTERM: the first is remembered until the step has ended (on several GPUs the
+    next tenth step, when they look), the second acts at once."""
 
     def __init__(self):
         self.signal = 0
@@ -619,7 +622,7 @@ def tidy(args, checkpoint):
 
 @torch.no_grad()
 def real_drift(args, mine, sampler, encode, size):
-    """Stats of the drift of real images in the place of samples: what it can fall to."""
+    """Stats of the drift of real images in the place of samples: what it can fall to at alpha 1."""
     label = torch.arange(args.labels, device=sampler.home) % len(sampler.count)
     generator = torch.Generator(sampler.home).manual_seed(0)
     both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
@@ -633,6 +636,7 @@ def real_drift(args, mine, sampler, encode, size):
 def main(argv=None):
     args, checkpoint = parse(argv)
     stop = Stop()
+    torch.set_flush_denormal(True)  # as exp() of far pairs gives, slow on some CPUs
     data.start_ranks(args.device)
     world, device = data.world_size(), args.device
     if args.labels % world:
@@ -652,6 +656,7 @@ def main(argv=None):
     sampler = data.Sampler(images, labels, device, args.flip)
     encode = build_encoder(args, sampler, len(names))
     scores = Scores(args, images, labels)
+    data.wait()  # the first rank may be at a reference of FID
     params, averages = list(model.parameters()), list(ema.parameters())
 
     per_rank = args.labels // world
@@ -661,6 +666,7 @@ def main(argv=None):
         size = choose_part(args, per_rank * args.n_gen, model, encode)
         if compiled:
             forward, encode = torch.compile(model), torch.compile(encode)
+            # normalised_drift() looks it up by name
             drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
         data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
         data.say(f"{len(images):,} images of {len(names)} classes, {world} x {device}")
@@ -689,11 +695,12 @@ def main(argv=None):
         log = done % args.log_every == 0 or done == start + 1
         full = done % args.eval_every == 0 or done == end
         measure = args.fid_every and done % args.fid_every == 0
-        if not (log or full or measure or done % 10 == 0 or device.type == "cpu" or world == 1):
-            continue  # nobody asks the GPU for anything
+        look = log or full or measure or done % 10 == 0  # to look is to wait for the GPU
+        if not look and world > 1 and device.type != "cpu":
+            continue
         stopping = bool(told)
-        if (log or full or measure or done % 10 == 0) and skipped[2] >= 10:
-            kept = f"{args.out} keeps the last good step; lower --lr {args.lr:g}"
+        if look and skipped[2] >= 10:
+            kept = f"{args.out} keeps the last checkpoint; lower --lr {args.lr:g}"
             sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
         if log:
             speed = (done - since) / (time.time() - then)  # steps per second
