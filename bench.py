@@ -114,10 +114,13 @@ class StepCost:
         net = MAE(3, size, patch=max(1, size // 16), layers=(2, 2, 2, 2))
         self.encode.names, self.encode.nets = ["mae"], torch.nn.ModuleList([net])
         self.encode.requires_grad_(False).eval().to(device)
+        if device.type == "cuda":  # as Encoder keeps its networks there
+            net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         if args.compile:
-            self.model, self.encode = torch.compile(self.model), torch.compile(self.encode)
-            drift.field_weights = torch.compile(drift.field_weights)
+            self.model = torch.compile(self.model, dynamic=False)
+            self.encode = torch.compile(self.encode, dynamic=False)
+            drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
 
     def piece(self, name, f, *args):
         """f(*args), whose cost is added to that of a name."""

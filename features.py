@@ -181,11 +181,13 @@ class Encoder(nn.Module):
     """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, l, C]}.
 
     Gradients reach the images. spec: names separated by commas, see the top of this file; channels,
-    size: of the images; pools: of pixels(); input_size: of timm's models, instead of their own.
-    Raises ValueError with one line.
+    size: of the images; pools: of pixels(); input_size: of timm's models, instead of their own;
+    dtype: of the networks on CUDA. Raises ValueError with one line.
     """
 
-    def __init__(self, spec, channels, size, pools=(), input_size=None, device="cpu"):
+    def __init__(
+        self, spec, channels, size, pools=(), input_size=None, device="cpu", dtype=torch.bfloat16
+    ):
         super().__init__()
         self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
@@ -196,7 +198,7 @@ class Encoder(nn.Module):
             # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
             for net in self.nets:
                 net = net.net if isinstance(net, Timm) else net
-                net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+                net.to(dtype=dtype, memory_format=torch.channels_last)
 
     def forward(self, images):
         feats = pixels(images, self.pools)

@@ -70,7 +70,8 @@ class Network:
     """The same of an encoder of features.py: a distance that compares with its like only."""
 
     def __init__(self, spec, input_size, size, device):
-        self.encoder = Encoder(spec, 3, size, input_size=input_size, device=device)
+        exact = {"dtype": torch.float32, "device": device}  # it measures: no bf16 here
+        self.encoder = Encoder(spec, 3, size, input_size=input_size, **exact)
         self.protocol = re.sub(r"[^\w.]+", "-", f"{spec}-{input_size or 'own size'}")
         self.device = torch.device(device)
 

@@ -148,6 +148,15 @@ def draw_mask(n, size, patch, generator):
     return F.interpolate(hidden.float(), scale_factor=2 * patch)[..., :size, :size]
 
 
+def write(path, state, images, mask, filled):
+    """A checkpoint, and beside it a picture: images, what was shown, what was made of that."""
+    with data.whole(path) as file:
+        torch.save(state, file)
+    rows = [images, images * (1 - mask), torch.where(mask > 0, filled, images)]
+    rows = data.to_uint8(torch.cat([row[:10] for row in rows]))
+    data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
+
+
 def train_mae(
     path,
     sampler,
@@ -196,13 +205,13 @@ def train_mae(
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     began = saved = time.time()
     for step in range(start, steps):
-        generator = torch.Generator(device).manual_seed(seed * 10**6 + step)  # also if resumed
+        generator = torch.Generator(sampler.home).manual_seed(
+            seed * 10**6 + step
+        )  # if resumed, too
         images, labels = sampler.batch(batch, generator, mine)
-        mask = draw_mask(batch, size, patch, generator)
-        hidden, mask = (
-            mask.sum().clamp(min=1) * C / world,
-            mask[mine],
-        )  # of all ranks, whose shares differ
+        mask = draw_mask(batch, size, patch, generator).to(device)
+        hidden = mask.sum().clamp(min=1) * C / world  # of all ranks, whose shares differ
+        mask = mask[mine]
 
         warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
@@ -229,11 +238,7 @@ def train_mae(
             state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
             if done < steps:
                 state["optimizer"] = optimizer.state_dict()
-            with data.whole(path) as file:
-                torch.save(state, file)
-            rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
-            rows = data.to_uint8(torch.cat([row[:10].detach() for row in rows]))
-            data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
+            write(path, state, images, mask, filled.detach().float())
     data.wait()  # no rank reads path before it is there
     return net
 

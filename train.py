@@ -364,11 +364,11 @@ def choose_part(args, n, model, encode):
     torch.cuda.reset_peak_memory_stats()
     noise, style = model.draw(few, torch.Generator(args.device))
     label, alpha = style[:, 0] % model.config.num_classes, torch.ones(few, device=args.device)
-    features = encode(generate(model, (noise, style, label, alpha)))
-    sum(f.float().sum() for f in features.values()).backward()
+    found = encode(generate(model, (noise, style, label, alpha)))
+    sum(f.float().sum() for f in found.values()).backward()
     model.zero_grad(set_to_none=True)
     activations = (torch.cuda.max_memory_allocated() - held) / few
-    numbers = sum(f[0].numel() for f in features.values())
+    numbers = sum(f[0].numel() for f in found.values())
     # For all samples at once the drift holds a handful of numbers for each of their features.
     drift_bytes = 4 * numbers * n * (6 + 2 * len(args.taus) + 2 * args.n_pos / args.n_gen)
     free = 0.9 * torch.cuda.mem_get_info()[0] - drift_bytes - 2**32  # what comes and goes
@@ -665,8 +665,9 @@ def main(argv=None):
     with enough_memory(args, "before the first step"):
         size = choose_part(args, per_rank * args.n_gen, model, encode)
         if compiled:
-            forward, encode = torch.compile(model), torch.compile(encode)
-            # normalised_drift() looks it up by name
+            forward = torch.compile(model, dynamic=False)
+            encode = torch.compile(encode, dynamic=False)
+            # normalised_drift() looks it up by name; its groups are as many as locations
             drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
         data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
         data.say(f"{len(images):,} images of {len(names)} classes, {world} x {device}")
