@@ -497,5 +497,6 @@ def test_classes_come_once_before_one_comes_twice(tmp_path):
     part = training.draw_batch(1, args, sampler, net, slice(5, 10))
     for mine, whole, n in zip(part, drawn[1], (1, 1, 1, 1, 8, 8), strict=True):
         assert torch.equal(mine, whole[5 * n : 10 * n])
-    args.n_unc = 0
+    args, _ = training.parse([*QUICK, "--labels", "25", "--n_unc", "0"])
+    assert args.alpha_max == 1  # which sample.py compares --cfg with
     assert (training.draw_batch(0, args, sampler, net, slice(None))[1] == 1).all()
