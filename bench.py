@@ -152,10 +152,10 @@ class StepCost:
         inputs = *noise, label, torch.ones(n, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             x = self.piece("generator", self.model, *inputs)
-            images = x.detach().float().requires_grad_()
-            fx = self.piece("encoder", self.encode, images)
-            with torch.no_grad():
-                fr = self.piece("encoder", self.encode, real)
+        images = x.detach().float().requires_grad_()
+        fx = self.piece("encoder", self.encode, images)
+        with torch.no_grad():
+            fr = self.piece("encoder", self.encode, real)
         leaves = {name: f.detach().requires_grad_() for name, f in fx.items()}
         loss = self.piece("drift", self.loss, leaves, fr, alpha, args.labels * args.n_pos)
         self.piece("drift", loss.backward)

@@ -473,6 +473,11 @@ def finish():
         dist.destroy_process_group()
 
 
+def one_line(error):
+    """What an error of a library says, and of what type it is."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def run(main):
     """Runs a script: what a user can get wrong is one line and status 2, and Ctrl-C status 130."""
     try:

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from data import one_line
 from mae import MAE, load_mae, norm_x
 
 ALIASES = {  # name: (timm's name, input size if it is not to be timm's own)
@@ -113,9 +114,8 @@ class Timm(nn.Module):
                 kwargs["pretrained_cfg_overlay"] = {"state_dict": state}
             self.net = timm.create_model(name, pretrained=pretrained, **kwargs)
         except Exception as error:  # hub, files, keys and shapes: each raises its own
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             how = f"no weights for {name} from {file or 'the hub'}, and NAME=FILE names local ones"
-            raise ValueError(f"{how} ({text})") from None
+            raise ValueError(f"{how} ({one_line(error)})") from None
         info = self.net.feature_info
         stride = max(stage["reduction"] for stage in info)
         if self.size < stride or ("img_size" in kwargs and self.size % stride):

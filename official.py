@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from data import one_line
+
 REPO = "Goodeat/drifting"
 RELEASED = {
     "gen": ["latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"],
@@ -157,7 +159,7 @@ def without_memory(source, config, arrays):
             yield
     except Exception as error:  # it can hold anything
         what = "metadata.json is not of a model that this code knows"
-        raise ValueError(f"{source}: {what} ({line(error)})") from None
+        raise ValueError(f"{source}: {what} ({one_line(error)})") from None
 
 
 def move(source, arrays, net, key_of):
@@ -184,10 +186,6 @@ def move(source, arrays, net, key_of):
         parts = [arrays.pop(key).permute(order).float() for key in keys]  # popped: to free it
         state[name] = torch.cat(parts).contiguous()
     net.load_state_dict(state, assign=True)
-
-
-def line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def read(source, kind):
@@ -219,7 +217,7 @@ def read(source, kind):
                 raise ValueError("something follows the weights")
     except Exception as error:  # a file of unknown origin can hold anything
         what = "is truncated, damaged or not of the authors' code"
-        raise ValueError(f"{file} {what} ({line(error)})") from None
+        raise ValueError(f"{file} {what} ({one_line(error)})") from None
     return config, arrays
 
 
@@ -261,4 +259,4 @@ def fetch(name, kind):
         return Path(snapshot_download(REPO, allow_patterns=files)) / path
     except Exception as error:  # network, disk, hub: each raises its own
         how = f"without a network, name a folder with {METADATA} and {WEIGHTS}"
-        raise OSError(f"cannot download hf://{name} ({line(error)}): {how}") from None
+        raise OSError(f"cannot download hf://{name} ({one_line(error)}): {how}") from None

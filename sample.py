@@ -76,8 +76,9 @@ def load_vae(name, latent_channels, device):
             "--vae needs pip install diffusers; --out FILE.npz keeps latents"
         ) from None
     except Exception as error:  # hub, files, configurations: each raises its own
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"--vae {name} cannot decode this generator's latents ({text})") from None
+        raise ValueError(
+            f"--vae {name} cannot decode this generator's latents ({data.one_line(error)})"
+        ) from None
 
 
 def decode(vae, latents):
