@@ -1,11 +1,13 @@
 """
-Data sets as uint8 arrays, the sampler that draws the real images of a step, and image files.
+Data sets as arrays, the sampler that draws the real images of a step, and image files.
 
     digits        1,797 handwritten digits of 8x8 pixels, in assets/, no network
     mnist         60,000 digits of 28x28         DIR/MNIST/raw/*-ubyte[.gz], else downloaded
     fashion       60,000 garments of 28x28       DIR/FashionMNIST/raw/*-ubyte[.gz], else downloaded
     cifar10       50,000 photographs of 32x32    DIR/cifar-10-batches-py/, else downloaded
-    folder:PATH   one sub-folder per class, any images that pillow opens
+    folder:PATH   one sub-folder per class, any images that pillow opens; or images alone
+    npz:FILE      uint8 arr_0 [N, H, W, C], as sample.py writes it, and labels, if there are any;
+                  or float arr_0 [N, C, H, W], taken as it is: latents, spectrograms, fields
 
 At the end: what all scripts need to be typed at.
 """
@@ -21,7 +23,7 @@ import tarfile
 import tempfile
 import urllib.request
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,7 +55,7 @@ GARMENTS += ["sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
 
 def load(name, data_dir="data", size=None, split="train"):
-    """-> images uint8 [N, C, size, size], labels int64 [N], class names.
+    """-> images uint8 [N, C, size, size], or float32 of some npz, labels int64 [N], class names.
 
     size None: the set's own (folder: 64). split: train, or test of mnist, fashion and cifar10; the
     other sets have none. Raises ValueError or OSError, with a line that says what to do, for
@@ -72,8 +74,10 @@ def load(name, data_dir="data", size=None, split="train"):
         images, labels, names = load_cifar10(data_dir, split)
     elif name.startswith("folder:"):
         images, labels, names = load_folder(Path(name[7:]), data_dir, size or 64)
+    elif name.startswith("npz:"):
+        images, labels, names = load_npz(Path(name[4:]))
     else:
-        known = "digits, mnist, fashion, cifar10 or folder:PATH"
+        known = "digits, mnist, fashion, cifar10, folder:PATH or npz:FILE"
         raise ValueError(f"unknown data set {name!r}: choose {known}")
     N, _, H, W = images.shape
     if not N or labels.shape != (N,) or labels.min() < 0 or labels.max() >= len(names) or H != W:
@@ -81,6 +85,8 @@ def load(name, data_dir="data", size=None, split="train"):
         raise ValueError(f"{name} in {data_dir} holds {found}, which do not fit: delete it")
     images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
     if size and size != H:
+        if images.is_floating_point():
+            raise ValueError(f"{name} is {H} x {H}, and arrays of floats are not resized to {size}")
         images = torch.cat([resize(part, size) for part in images.split(1000)])
     return images, labels, names
 
@@ -162,9 +168,14 @@ def load_folder(root, data_dir, size):
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
     classes = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if unlabelled(f"folder:{root}"):
+        mixed = [d for d in classes if image_files(d)]
+        if mixed:
+            raise ValueError(f"{root} has images and classes, such as {mixed[0].name}: move either")
+        classes = [root]
     files = [(label, f) for label, d in enumerate(classes) for f in image_files(d)]
     if not files:
-        raise ValueError(f"{root} has no images: it needs one sub-folder per class, of images")
+        raise ValueError(f"{root} has no images: it needs some, or one sub-folder per class")
     labels = np.array([label for label, _ in files])
     count = np.bincount(labels, minlength=len(classes))
     if not count.all():
@@ -177,16 +188,17 @@ def load_folder(root, data_dir, size):
         print(f"reading {len(files):,} images of {str(root)!r} into {str(cache)!r}")
         data_dir.mkdir(parents=True, exist_ok=True)
         bad = []
-        with whole(cache) as output:  # one by one: they may not fit the memory
+        bar = progress(str(root), len(files))
+        with whole(cache) as output, bar as update:  # one by one: they may not fit the memory
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(output, header)
-            for i, (_, file) in enumerate(files):
+            for _, file in files:
                 try:
                     image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.LANCZOS)
                     output.write(np.asarray(image).transpose(2, 0, 1).tobytes())
                 except ValueError as error:
                     bad.append(str(error))
-                progress(f"{root}, images", i + 1, len(files))
+                update(1)
             if bad:
                 more = f"; and {len(bad) - 3} others" if len(bad) > 3 else ""
                 raise ValueError(f"these do not open as images: {'; '.join(bad[:3])}{more}")
@@ -196,7 +208,40 @@ def load_folder(root, data_dir, size):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{cache} is damaged ({error}): delete it and run again") from None
-    return images, labels, [d.name for d in classes]
+    return images, labels, [d.resolve().name for d in classes]
+
+
+def load_npz(path):
+    try:
+        with np.load(path) as file:  # no pickles, as is its default
+            images = file["arr_0"]
+            labels = file["labels"] if "labels" in file.files else np.zeros(len(images), np.int64)
+        kind, shape = images.dtype.kind, images.shape
+        if len(shape) != 4 or not images.size or (kind != "f" and images.dtype != np.uint8):
+            raise ValueError(f"arr_0 is {images.dtype} {shape}")
+        if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(f"labels are {labels.dtype} {labels.shape} for {shape[0]} images")
+        if labels.max() >= len(labels):
+            raise ValueError(f"a label is {labels.max()}, more than there are images")
+        if kind == "f":
+            images = images.astype(np.float32)
+            most = np.abs(images).max()
+            if not most <= 100:  # NaN is not
+                raise ValueError(f"floats up to {most:g}: scale them to about 1")
+        else:
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    except Exception as error:  # what numpy raises for a damaged file has no type in common
+        raise ValueError(f"{str(path)!r} is no data set ({error})") from None
+    return images, labels, [str(i) for i in range(labels.max() + 1)]
+
+
+def unlabelled(name):
+    """Whether a folder has no classes, but images, or an npz no labels."""
+    kind, _, path = name.partition(":")
+    if kind == "npz" and Path(path).is_file():
+        with suppress(Exception), np.load(path) as file:  # load() says what is wrong with it
+            return "labels" not in file.files
+    return kind == "folder" and len(image_files(Path(path), "*")) > 0
 
 
 def download(url, md5, path):
@@ -206,10 +251,11 @@ def download(url, md5, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as response, whole(path) as file:
             total = int(response.headers.get("Content-Length", 0))
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                progress(f"{path.name}, bytes", file.tell(), total)
+            with progress(path.name, total, "B") as update:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    update(len(block))
             check_md5(digest, md5, url)
     except OSError as error:
         raise OSError(f"cannot download {url} ({error}): put the file at {path} by hand") from None
@@ -281,12 +327,16 @@ class Sampler:
 
 
 def to_float(images):
-    """uint8 -> float in [-1, 1]"""
+    """uint8 -> float in [-1, 1]; floats stay as they are."""
+    if images.is_floating_point():
+        return images.to(torch.get_default_dtype())
     return images.to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def to_uint8(images):
-    """[-1, 1] -> uint8, the inverse of to_float"""
+    """[-1, 1] -> uint8, the inverse of to_float; what is outside is clamped."""
+    if images.dtype == torch.uint8:
+        return images
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -299,11 +349,12 @@ def resize(images, size):
 # Image files
 
 
-def image_files(folder):
-    """Every file below a folder that is named like an image, in order; no hidden ones."""
+def image_files(folder, pattern="**/*"):
+    """Every file below a folder, or just in it by pattern *, that is named like an image, in order;
+    no hidden ones."""
     known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
     files = []
-    for f in sorted(folder.rglob("*")):
+    for f in sorted(folder.glob(pattern)):
         hidden = any(part.startswith(".") for part in f.relative_to(folder).parts)
         if f.suffix.lower() in known and f.is_file() and not hidden:
             files.append(f)
@@ -399,11 +450,19 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def progress(what, done, total):
-    """One line on a terminal, written over and over; nothing elsewhere."""
-    if sys.stderr.isatty():
-        end = "\n" if done >= total else ""
-        print(f"\r{what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+@contextmanager
+def progress(what, total, unit=" images"):
+    """A bar of tqdm on a terminal: gives a function to call with how many more are done."""
+    quiet = rank() > 0 or not sys.stderr.isatty()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if not quiet:
+            print(f"{what}: pip install tqdm shows how far it is", file=sys.stderr)
+        yield lambda n: None
+        return
+    with tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=quiet) as bar:
+        yield bar.update
 
 
 waiting_room = None  # the ranks, for what may take hours; elsewhere ten minutes mean that one hangs
@@ -461,9 +520,11 @@ def wait():
 
 
 def say(text):
-    """print(), of the first rank only."""
+    """print(), of the first rank only; above a bar, if there is one."""
     if rank() == 0:
-        print(text, flush=True)
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)
+        sys.stdout.flush()
 
 
 def finish():

@@ -239,7 +239,7 @@ def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
     unconditional, for L labels and the feature's l locations; alpha [L], their guidance strengths.
 
     -> V [L * N, K], all K numbers of a sample's features in one row; weight [K], what the square of
-    each counts in the loss; stats [len(taus) + 1]: drift and scale of drift_loss(), mean of names.
+    each counts in the loss; stats {name: [len(taus) + 1]}: drift and scale of drift_loss().
     """
     L = len(alpha)
     n_gen, n_unc, n_pos = (len(next(iter(f.values()))) // L for f in (fx, fu, fp))
@@ -250,12 +250,14 @@ def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
     targets = (join_targets(names, L, fx, fu, fp) for names in by_shape(fx))
     fields, s, scale, drift = normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor)
 
+    names = [name for same in by_shape(fx) for name in same]
+    stats = torch.cat([drift, scale.unsqueeze(1)], dim=1)
+    stats = dict(zip(names, stats, strict=True))
     rows, weights = [], []
     for V, inverse in zip(fields, s.pow(-2).split([len(V) for V in fields]), strict=True):
         row = V.unflatten(1, (L, -1)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
         rows.append(row)  # [L * N, F * l * C]
         weights.append((inverse / V[0].numel()).repeat_interleave(row.shape[1] // len(V)))
-    stats = torch.cat([drift.mean(0), scale.mean(0, keepdim=True)])
     return torch.cat(rows, dim=1), torch.cat(weights), stats
 
 

@@ -161,6 +161,8 @@ def build(name, channels, size, input_size):
     """The network of one name of --encoder, for images [B, channels, size, size]."""
     model, _, file = name.partition("=")
     if model.startswith("timm:") or model in ALIASES:
+        if channels not in (1, 3):
+            raise ValueError(f"{name} is for images of 1 or 3 channels, not {channels}")
         model, own_size = ALIASES.get(model, (model.removeprefix("timm:"), None))
         return Timm(model, input_size or own_size, file)
     if name.endswith(".pt"):

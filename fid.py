@@ -154,14 +154,13 @@ def precision_recall(real, fake, k=3):
 def extract(batches, n, net, what="images"):
     """Features [n, C] and probabilities or None, on the CPU, of an iterator over uint8 batches."""
     features, probabilities = [], []
-    done = 0
-    for images in batches:
-        f, p = net(images.expand(-1, 3, -1, -1))
-        features.append(f.cpu())
-        if p is not None:
-            probabilities.append(p.cpu())
-        done += len(f)
-        data.progress(what, done, n)
+    with data.progress(what, n) as update:
+        for images in batches:
+            f, p = net(images.expand(-1, 3, -1, -1))
+            features.append(f.cpu())
+            if p is not None:
+                probabilities.append(p.cpu())
+            update(len(f))
     return torch.cat(features), torch.cat(probabilities) if probabilities else None
 
 
@@ -270,18 +269,14 @@ def score_text(score):
 
 def load_set(name, data_dir, size=None):
     """uint8 images [N, C, H, W] of a data set, its test split, a folder of one size, or an .npz."""
-    if name.endswith(".npz"):
-        try:
-            with np.load(name) as file:  # without pickles, as is its default
-                images = file["arr_0"]
-            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-                raise ValueError(f"arr_0 is {images.dtype} {images.shape}, not uint8 [N, H, W, C]")
-        except Exception as error:  # what numpy raises for a damaged file has no type in common
-            raise ValueError(f"{name} is no file of images ({error})") from None
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+    if name.endswith(".npz") and not name.startswith("npz:"):
+        name = f"npz:{name}"
     if not Path(name).is_dir():
         split = "test" if name.endswith(":test") else "train"
-        return data.load(name.removesuffix(":test"), data_dir, size, split)[0]
+        images = data.load(name.removesuffix(":test"), data_dir, size, split)[0]
+        if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
+            raise ValueError(f"{name} has {images.dtype} {list(images.shape)}, and no pictures")
+        return images
     arrays = [np.asarray(data.read_image(f)) for f in data.image_files(Path(name))]
     if len({a.shape for a in arrays}) != 1:
         raise ValueError(f"{name} has no images, or images of several sizes")

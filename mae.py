@@ -152,6 +152,8 @@ def write(path, state, images, mask, filled):
     """A checkpoint, and beside it a picture: images, what was shown, what was made of that."""
     with data.whole(path) as file:
         torch.save(state, file)
+    if images.shape[1] not in (1, 3):
+        return  # latents and the like are no pictures
     rows = [images, images * (1 - mask), torch.where(mask > 0, filled, images)]
     rows = data.to_uint8(torch.cat([row[:10] for row in rows]))
     data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
@@ -204,41 +206,44 @@ def train_mae(
     batch = math.ceil(batch / world) * world
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     began = saved = time.time()
-    for step in range(start, steps):
-        generator = torch.Generator(sampler.home).manual_seed(
-            seed * 10**6 + step
-        )  # if resumed, too
-        images, labels = sampler.batch(batch, generator, mine)
-        mask = draw_mask(batch, size, patch, generator).to(device)
-        hidden = mask.sum().clamp(min=1) * C / world  # of all ranks, whose shares differ
-        mask = mask[mine]
+    with data.progress(path.stem, steps, " steps") as bar:
+        bar(start)
+        for step in range(start, steps):
+            generator = torch.Generator(sampler.home).manual_seed(
+                seed * 10**6 + step
+            )  # if resumed, too
+            images, labels = sampler.batch(batch, generator, mine)
+            mask = draw_mask(batch, size, patch, generator).to(device)
+            hidden = mask.sum().clamp(min=1) * C / world  # of all ranks, whose shares differ
+            mask = mask[mine]
 
-        warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, warmup) * cosine
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            filled, logits = model(images, mask)
-        mse = ((filled.float() - images).square() * mask).sum() / hidden
-        ramp = (step / steps - 1 + cls_share) / (cls_share / 3 + 1e-9)
-        loss = mse + 0.1 * min(1, max(0, ramp)) * F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 2.0)
-        optimizer.step()
+            warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, warmup) * cosine
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                filled, logits = model(images, mask)
+            mse = ((filled.float() - images).square() * mask).sum() / hidden
+            ramp = (step / steps - 1 + cls_share) / (cls_share / 3 + 1e-9)
+            loss = mse + 0.1 * min(1, max(0, ramp)) * F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 2.0)
+            optimizer.step()
 
-        done = step + 1
-        if done % 100 == 0 or done in (start + 1, steps):
-            speed = (done - start) / (time.time() - began)  # steps per second
-            right = (logits.argmax(1) == labels).float().mean().item()
-            left = timedelta(seconds=int((steps - done) / speed))
-            line = f"{done:6d}  mse of hidden pixels {mse.item():.4f}  classifier {right:.0%}"
-            data.say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
-        if data.first_on_node() and (done == steps or time.time() - saved > 60):
-            saved = time.time()
-            state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
-            if done < steps:
-                state["optimizer"] = optimizer.state_dict()
-            write(path, state, images, mask, filled.detach().float())
+            done = step + 1
+            bar(1)
+            if done % 100 == 0 or done in (start + 1, steps):
+                speed = (done - start) / (time.time() - began)  # steps per second
+                right = (logits.argmax(1) == labels).float().mean().item()
+                left = timedelta(seconds=int((steps - done) / speed))
+                line = f"{done:6d}  mse of hidden pixels {mse.item():.4f}  classifier {right:.0%}"
+                data.say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
+            if data.first_on_node() and (done == steps or time.time() - saved > 60):
+                saved = time.time()
+                state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
+                if done < steps:
+                    state["optimizer"] = optimizer.state_dict()
+                write(path, state, images, mask, filled.detach().float())
     data.wait()  # no rank reads path before it is there
     return net
 

@@ -252,10 +252,15 @@ class DiT(nn.Module):
     def load(cls, source):
         """A generator on the CPU, and the arguments that it was trained with, {} if unknown.
 
-        source: FILE.pt of train.py, whose EMA weights are taken, or what from_official() takes.
-        Raises ValueError or OSError with one line.
+        source: FILE.pt of train.py, whose EMA weights are taken; hf://USER/NAME or a folder of
+        sample.py --export; or what from_official() takes. Raises ValueError or OSError, one line.
         """
-        if str(source).startswith("hf://") or Path(source).is_dir():
+        on_hub = str(source).startswith("hf://")
+        if str(source).count("/") == 3 if on_hub else (Path(source) / "config.json").is_file():
+            import hub
+
+            return hub.load(source)
+        if on_hub or Path(source).is_dir():
             return cls.from_official(source), {}
         try:
             checkpoint = load_checkpoint(source)

@@ -8,6 +8,10 @@ $ python sample.py --ckpt out.pt --n 50000 --out samples.npz                    
 Are they copies? Below each row the training images nearest in pixels, and real ones at random
 $ python sample.py --ckpt out.pt --n 48 --nearest cifar10
 
+What to upload, for others to name as hf://USER/NAME
+$ python sample.py --ckpt out.pt --export my_flowers/
+$ python sample.py --ckpt hf://USER/NAME
+
 The authors' ImageNet generators; one of latents needs an autoencoder, or gives an .npz of latents
 $ python sample.py --ckpt hf://pixel_B_sota --classes 207 360 --n 8
 $ python sample.py --ckpt hf://latent_L_sota --classes 207 --n 8 --vae stabilityai/sd-vae-ft-mse
@@ -23,6 +27,7 @@ import numpy as np
 import torch
 
 import data
+import hub
 from model import DiT
 
 
@@ -30,7 +35,7 @@ def parse(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument(
-        "--ckpt", required=True, help="FILE.pt of train.py, or the authors': hf://NAME or a folder"
+        "--ckpt", required=True, help="FILE.pt of train.py, hf://USER/NAME, hf://NAME or a folder"
     )
     p.add_argument("--n", type=data.positive_int, default=64, help="number of images")
     p.add_argument(
@@ -45,6 +50,9 @@ def parse(argv=None):
     p.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz")
     p.add_argument(
         "--nearest", help="data set: its images nearest to each, and real ones at random"
+    )
+    p.add_argument(
+        "--export", help="folder for the weights in safetensors, a model card and a grid"
     )
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument(
@@ -111,14 +119,22 @@ def main(argv=None):
     model, trained = DiT.load(args.ckpt)
     model.eval().to(args.device)
     channels, classes = model.config.in_channels, model.config.num_classes
+    if args.export:
+        hub.export(args.ckpt, args.export)
+        print(f"{args.export}: to upload as it is, such as by hf upload USER/NAME {args.export}")
+        return
     latent = channels not in (1, 3)
     if latent and not args.vae and kind != ".npz":
         how = "--vae stabilityai/sd-vae-ft-mse decodes the authors', --out FILE.npz keeps them"
         raise ValueError(f"this generator gives latents of {channels} channels: {how}")
+    floats = (latent or trained.get("floats", False)) and not args.vae
+    floats = floats and kind == ".npz"  # a picture has 8 bits
     if args.nearest:
         if latent or args.vae or kind != ".png":
             raise ValueError("--nearest is for a grid, --out grid.png, of a generator of pixels")
         real, real_labels, _ = data.load(args.nearest, args.data_dir, model.config.input_size)
+        if classes == 1:
+            real_labels = torch.zeros_like(real_labels)
         if real.shape[1] != channels or real_labels.max() >= classes:
             raise ValueError(
                 f"the generator has not seen {args.nearest}: other channels or classes"
@@ -130,35 +146,34 @@ def main(argv=None):
     if kind == "" and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: old images would be counted among the new ones")
     (out if kind == "" else out.parent).mkdir(parents=True, exist_ok=True)
-    if trained and not 1 <= args.cfg <= trained["alpha_max"]:
-        print(f"note: trained for --cfg from 1 to {trained['alpha_max']}, not for {args.cfg}")
+    most = trained.get("alpha_max", math.inf)
+    if not 1 <= args.cfg <= most and trained:
+        print(f"note: trained for --cfg from 1 to {most}, not for {args.cfg}")
 
     labels = wanted.repeat(math.ceil(args.n / len(wanted)))[: args.n]
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same on any device
     images = []
     began, done = time.time(), 0
-    for part in labels.split(args.batch):
-        batch = model.generate(part.to(args.device), args.cfg, generator)
-        if vae:
-            batch = decode(vae, batch)
-        if not latent or vae:
-            batch = data.to_uint8(batch)
-        batch = batch.cpu()
-        if kind == "":
-            for i, image in enumerate(batch):
-                data.save_image(image, out / f"{done + i:06d}_class{part[i]}.png")
-        else:
-            images.append(batch)
-        done += len(batch)
-        data.progress("images", done, args.n)
+    with data.progress("images", args.n, "") as update:
+        for part in labels.split(args.batch):
+            batch = model.generate(part.to(args.device), args.cfg, generator)
+            if vae:
+                batch = decode(vae, batch)
+            batch = batch.cpu() if floats else data.to_uint8(batch).cpu()
+            if kind == "":
+                for i, image in enumerate(batch):
+                    data.save_image(image, out / f"{done + i:06d}_class{part[i]}.png")
+            else:
+                images.append(batch)
+            done += len(batch)
+            update(len(batch))
     seconds = time.time() - began
     if kind == ".npz":
         images = torch.cat(images)
-        named = {"latents": images.numpy()}
-        if images.dtype == torch.uint8:
-            named = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+        if not floats:
+            images = images.permute(0, 2, 3, 1)  # as evaluators expect it
         with data.whole(out) as file:
-            np.savez(file, **named, labels=labels.numpy())
+            np.savez(file, arr_0=images.numpy(), labels=labels.numpy())
     elif args.nearest:
         save_nearest(torch.cat(images), labels, real, real_labels, generator, out)
     elif kind == ".png":

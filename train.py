@@ -20,6 +20,9 @@ $ python train.py --dataset cifar10 --encoder mae,dinov2
 More samples than fit the memory at once; the gradient is the same
 $ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128
 
+Without labels, in one large group of samples
+$ python train.py --dataset cifar10 --unconditional
+
 On a machine that may be taken away: starts, or goes on from the newest whole checkpoint
 $ python train.py --dataset cifar10 --resume auto
 """
@@ -28,6 +31,7 @@ import argparse
 import hashlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -46,6 +50,7 @@ import drift
 import features
 import fid
 import mae
+from log import Log, commit
 from model import SIZES, DiT, DiTConfig, load_checkpoint
 
 PRESETS = {  # what differs from the defaults of parse()
@@ -60,6 +65,7 @@ PRESETS = {  # what differs from the defaults of parse()
     | dict(steps=100000, lr=3e-4, warmup=1000, ema=0.999, eval_every=5000)
     | dict(n_gen=64, n_pos=64, n_unc=0, alpha_max=1),
     "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
+    "npz": dict(size=None, encoder="mae", steps=5000, ema=0.999),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
 N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
@@ -76,7 +82,8 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
     positive_int, number, share = data.positive_int, data.number, data.share
-    p.add_argument("--dataset", default="digits", help=f"{', '.join(PRESETS)}:PATH")
+    p.add_argument("--dataset", default="digits", help=f"{', '.join(PRESETS)}; the last two :PATH")
+    p.add_argument("--unconditional", action=yes_no, default=False, help="one class, one group")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=number(int, 2, 4096), default=8, help="image size in pixels")
     p.add_argument("--flip", action=yes_no, default=False, help="mirror half of the images")
@@ -115,7 +122,8 @@ def parse(argv=None):
     p.add_argument("--log_every", type=positive_int, default=100)
     p.add_argument("--eval_every", type=positive_int, default=1000, help="and checkpoints")
     p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
-    p.add_argument("--out", default="out.pt", help="checkpoint")
+    p.add_argument("--out", default="out.pt", help="checkpoint; beside it the log, out.jsonl")
+    p.add_argument("--wandb", help="project of Weights & Biases that gets the log, too")
     p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
     p.add_argument("--stop_after", type=positive_int, help="end at this step of the plan")
     p.add_argument("--seed", type=data.seed, default=0)
@@ -131,7 +139,11 @@ def parse(argv=None):
     preset = PRESETS.get(first.dataset.split(":")[0], {})
     if not checkpoint:
         p.set_defaults(**preset)
+        if first.unconditional or data.unlabelled(first.dataset):
+            together = {n: p.get_default(n) * p.get_default("labels") for n in ("n_gen", "n_pos")}
+            p.set_defaults(unconditional=True, labels=1, n_unc=0, **together)
     args = p.parse_args(argv)
+    args.command = stored.get("command") if checkpoint else shlex.join(["train.py", *argv])
     args.dataset = preset.get("dataset", args.dataset)
     if not args.n_unc:
         args.alpha_max = 1.0  # no unconditional images, no guidance
@@ -279,7 +291,7 @@ def images_gradient(x, pos, unc, alpha, encode, args, size):
     dx = []
     for part, v in zip(parts, V, strict=True):
         dx += torch.autograd.grad(drift.regress(encode(part), v, weight), part)
-    return [*dx, *dx_last], stats
+    return [*dx, *dx_last], by_encoder(stats)
 
 
 def gradient(step, args, mine, sampler, model, forward, encode, size):
@@ -440,7 +452,8 @@ def save(step, args, names, model, ema, optimizer):
 
 def to_store(args):
     """The arguments that a checkpoint keeps."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "stop_after", "device")}
+    dropped = ("resume", "stop_after", "device")
+    return {k: v for k, v in vars(args).items() if k not in dropped}
 
 
 # Scores
@@ -452,7 +465,11 @@ class Scores:
     def __init__(self, args, images, labels):
         self.args = args
         self.out = Path(args.out).with_name("samples.png")
+        self.shown = images.shape[1] in (1, 3)
+        self.best = {}
         if args.fid_every:
+            if args.floats:
+                raise ValueError(f"--fid_every needs images of 8 bits, {args.dataset} has others")
             self.inception = fid.Inception(device=args.device)
         if data.rank() > 0:
             return
@@ -462,9 +479,8 @@ class Scores:
         self.labels = labels[some].to(args.device)
         half = min(N_EVAL, n // 2)
         a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
-        self.best = (
-            f"{fid.score_text(fid.scores(*a, *b))}  ({half} real, against {n - half} others)"
-        )
+        self.best = fid.scores(*a, *b)
+        self.best_of = f"({half} real, against {n - half} others)"
         if args.fid_every:
             self.reference = fid.reference(images, args.dataset, self.inception, args.data_dir)
 
@@ -474,39 +490,70 @@ class Scores:
         label = torch.arange(n, device=self.args.device) % ema.config.num_classes
         for i, part in enumerate(label.split(250)):
             if i % data.world_size() == data.rank():
-                yield data.to_uint8(ema.generate(part, 1.0, generator))
+                x = ema.generate(part, 1.0, generator)
+                yield x if self.args.floats else data.to_uint8(x)
             else:
                 for _ in part:
                     ema.draw(1, generator)  # another rank's noise
 
     def print(self, step, ema):
+        """Judges samples; a dictionary of scores, {} on other ranks than the first."""
         batches = data.gather([x.cpu() for x in self.samples(ema, N_EVAL)])
         if data.rank() > 0:
-            return
+            return {}
         fake = torch.cat(batches).to(self.args.device)
         classes = ema.config.num_classes
         try:
-            data.save_grid(fake[:100], self.out, min(10, classes))
+            if self.shown:
+                columns = min(10, classes) if classes > 1 else 10
+                data.save_grid(data.to_uint8(fake[:100]), self.out, columns)
         except OSError as error:  # no room for a picture is not the end of a run
             print(f"cannot write {self.out} ({error})", file=sys.stderr, flush=True)
         label = torch.arange(len(fake), device=self.args.device) % classes
         score = fid.scores(data.to_float(fake), label, self.real, self.labels)
         real = f"{len(fake)} at alpha 1, against {len(self.real)} real"
-        data.say(f"{step:6d}  {fid.score_text(score)}  ({real})\n  real  {self.best}")
+        data.say(f"{step:6d}  {fid.score_text(score)}  ({real})")
+        data.say(f"  real  {fid.score_text(self.best)}  {self.best_of}")
+        return score
 
     def print_fid(self, step, ema):
+        """The same by the Inception network."""
         found = [fid.extract([x], N_FID, self.inception) for x in self.samples(ema, N_FID)]
         found = data.gather(found)
         if data.rank() > 0:
-            return
+            return {}
         f, p = zip(*found, strict=True)
         p = None if p[0] is None else torch.cat(p)
         score = fid.compare(torch.cat(f), p, self.inception, self.reference)
         data.say(f"{step:6d}  {fid.text(score)}")
+        return score
+
+
+def by_encoder(stats):
+    """Stats {feature: [taus + 1]} of a drift: the mean of all, and of each encoder's, {encoder: }.
+
+    A feature of pixels has no encoder before its name; with pixels alone there is the mean alone.
+    """
+    rows = {"": list(stats.values())}
+    for name, row in stats.items():
+        rows.setdefault(name.rpartition(".")[0] or "pixels", []).append(row)
+    if len(rows) == 2:  # pixels alone
+        del rows["pixels"]
+    return {name: torch.stack(row).mean(0) for name, row in rows.items()}
+
+
+def drift_numbers(stats, taus, prefix=""):
+    """What the log says of by_encoder()."""
+    numbers = {}
+    names = [*(f"drift_{tau}" for tau in taus), "scale"]
+    for encoder, row in stats.items():
+        for name, number in zip(names, row.tolist(), strict=True):
+            numbers[f"{prefix}{encoder}.{name}" if encoder else prefix + name] = number
+    return numbers
 
 
 def drift_text(stats, taus):
-    *drifts, scale = stats.tolist()
+    *drifts, scale = stats[""].tolist()
     drifts = " ".join(f"{tau}:{value:.2e}" for tau, value in zip(taus, drifts, strict=True))
     return f"drift {drifts}  scale {scale:.3f}"
 
@@ -533,6 +580,9 @@ def load_data(args, checkpoint):
         if initial:
             args.size, args.patch = initial.config.input_size, initial.config.patch_size
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    args.size, args.floats = images.shape[-1], images.is_floating_point()
+    if args.unconditional:
+        labels, names = torch.zeros_like(labels), ["all"]
     count = labels.bincount(minlength=len(names))
     if count.min() < args.n_pos:
         few = f"class {names[count.argmin()]!r} has {count.min()} images"
@@ -569,7 +619,8 @@ def build_encoder(args, sampler, num_classes):
     _, channels, size, _ = sampler.images.shape
     names = args.encoder.split(",")
     if "mae" in names:
-        name = Path(args.dataset.removeprefix("folder:")).resolve().name
+        place = args.dataset.partition(":")[2] or args.dataset
+        name = Path(place).resolve().name.removesuffix(".npz")
         path = Path(args.data_dir) / f"mae_{name}_{size}.pt"
         if not path.exists():
             others = ",".join(name for name in names if name != "mae")
@@ -606,6 +657,16 @@ def build_optimizer(args, checkpoint, model):
     return optimizer, ema
 
 
+def start_log(args, start):
+    """The log beside --out. It must be this run's own: of the same arguments, or, if the run goes
+    on from a checkpoint, of what a resumed run keeps."""
+    stored = to_store(args)
+    same = [*FIXED, "seed"] if start else [k for k in stored if k not in ("command", "wandb")]
+    first = dict(run=os.urandom(4).hex(), torch=torch.__version__, device=str(args.device))
+    first |= dict(commit=commit(), **stored)
+    return Log(Path(args.out).with_suffix(".jsonl"), first, start, same, args.wandb)
+
+
 def tidy(args, checkpoint):
     """Makes room for --out: its folder; no leftovers of a killed run, no damaged file."""
     out = Path(args.out)
@@ -620,6 +681,14 @@ def tidy(args, checkpoint):
             os.replace(out, f"{out}.damaged")
 
 
+def announce(args, images, names, params, size):
+    data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
+    data.say(f"{len(images):,} images of {len(names)} classes, {data.world_size()} x {args.device}")
+    parameters = sum(p.numel() for p in params) / 1e6
+    plan = f"{args.labels} x {args.n_gen} samples a step"
+    data.say(f"{parameters:.2f}M parameters, {plan}, {size} at a time on a rank")
+
+
 @torch.no_grad()
 def real_drift(args, mine, sampler, encode, size):
     """Stats of the drift of real images in the place of samples: what it can fall to at alpha 1."""
@@ -630,7 +699,8 @@ def real_drift(args, mine, sampler, encode, size):
     fp, fu = encode_real(encode, pos, unc, size)
     fx, _ = encode_real(encode, x, x[:, :0], size)
     one = torch.ones(len(x), device=sampler.device)
-    return drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
+    stats = drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
+    return by_encoder(stats)
 
 
 def main(argv=None):
@@ -652,7 +722,9 @@ def main(argv=None):
     images, labels, names, initial = load_data(args, checkpoint)
     model = build_model(args, checkpoint, initial, images.shape[1], names).to(device)
     optimizer, ema = build_optimizer(args, checkpoint, model)
+    start = checkpoint["step"] if checkpoint else 0
     tidy(args, checkpoint)
+    log = start_log(args, start)
     sampler = data.Sampler(images, labels, device, args.flip)
     encode = build_encoder(args, sampler, len(names))
     scores = Scores(args, images, labels)
@@ -669,19 +741,17 @@ def main(argv=None):
             encode = torch.compile(encode, dynamic=False)
             # normalised_drift() looks it up by name; its groups are as many as locations
             drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
-        data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
-        data.say(f"{len(images):,} images of {len(names)} classes, {world} x {device}")
-        parameters = sum(p.numel() for p in params) / 1e6
-        plan = f"{args.labels} x {args.n_gen} samples a step"
-        data.say(f"{parameters:.2f}M parameters, {plan}, {size} at a time on a rank")
+        announce(args, images, names, params, size)
+        real = {f"real_{name}": score for name, score in scores.best.items()}
         if sampler.fewest >= args.n_gen + args.n_pos:
             stats = real_drift(args, mine, sampler, encode, size)
             data.say(f"  real  {drift_text(stats, args.taus)}")
+            real |= drift_numbers(stats, args.taus, "real_")
+        log.write(step=start, **real)
 
-    start = checkpoint["step"] if checkpoint else 0
     end = max(start, min(args.steps, args.stop_after or args.steps))
     began = time.time()
-    total, since, then = 0, start, began  # of the drift's stats, since that step and that moment
+    total, since, then = {}, start, began  # of the drift's stats, since that step and that moment
     skipped = torch.zeros(3, device=device)
     unsaved = stopping = False
     stop.training = True
@@ -690,37 +760,49 @@ def main(argv=None):
         with enough_memory(args, f"step {done}"):
             stats = gradient(step, args, mine, sampler, model, forward, encode, size)
         norm, told = update(step, args, params, averages, optimizer, stop.signal)
-        total = total + stats
+        total = {name: total.get(name, 0) + row for name, row in stats.items()}
         skipped = count_skipped(skipped, norm)
 
-        log = done % args.log_every == 0 or done == start + 1
         full = done % args.eval_every == 0 or done == end
         measure = args.fid_every and done % args.fid_every == 0
-        look = log or full or measure or done % 10 == 0  # to look is to wait for the GPU
+        tell = done % args.log_every == 0 or done == start + 1 or full
+        look = tell or measure or done % 10 == 0  # to look is to wait for the GPU
         if not look and world > 1 and device.type != "cpu":
             continue
         stopping = bool(told)
         if look and skipped[2] >= 10:
             kept = f"{args.out} keeps the last checkpoint; lower --lr {args.lr:g}"
             sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
-        if log:
+        seen = dict(step=done, images=done * args.labels * args.n_gen, seconds=time.time() - began)
+        if tell or stopping:
+            stats = {name: row / (done - since) for name, row in total.items()}
             speed = (done - since) / (time.time() - then)  # steps per second
+            images_per_s = speed * args.labels * args.n_gen
             left = timedelta(seconds=int((end - done) / speed))
-            line = f"{done:6d}  {drift_text(total / (done - since), args.taus)}  grad {norm:.2f}"
-            line += f"  {speed * args.labels * args.n_gen:,.0f} images/s  {left} left"
+            line = f"{done:6d}  {drift_text(stats, args.taus)}  grad {norm:.2f}"
+            line += f"  {images_per_s:,.0f} images/s  {left} left"
             data.say(line + (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""))
-            total, since, then = 0, done, time.time()
-        if data.rank() == 0 and (full or stopping or (unsaved and log)):
+            log.write(
+                **seen,
+                **drift_numbers(stats, args.taus),
+                grad_norm=norm.item(),
+                lr=learning_rate(step, args),
+                images_per_s=images_per_s,
+                memory_gb=peak_memory(device),
+            )
+            total, since, then = {}, done, time.time()
+        if data.rank() == 0 and (full or stopping or (unsaved and tell)):
             unsaved = not save(done, args, names, model, ema, optimizer)
         if stopping:
             data.say(f"stopped after step {done}; go on with --resume {args.out}")
             break
         if full:
-            scores.print(done, ema)
+            log.write(**seen, **scores.print(done, ema))
         if measure:
-            scores.print_fid(done, ema)
+            log.write(**seen, **scores.print_fid(done, ema))
         if full or measure:
-            total, since, then = 0, done, time.time()  # not a part of the speed
+            log.draw()
+            total, since, then = {}, done, time.time()  # not a part of the speed
     if not stopping:
         memory = f"{peak_memory(device):.2f} GB"
         data.say(f"{end - start} steps in {time.time() - began:.0f} s, {memory}: {args.out}")
