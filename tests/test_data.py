@@ -1,9 +1,11 @@
 """Data sets on disk, downloaded and unpacked; folders of odd images; the sampler."""
 
 import hashlib
+import io
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 import data
 import fid
-from conftest import ASSETS, fails, write_cifar, write_folder, write_idx
+from conftest import ASSETS, fails, needs, write_cifar, write_folder, write_idx
 
 
 def test_digits():
@@ -259,6 +261,91 @@ def test_odd_images_and_folders(monkeypatch, tmp_path, capsys):
         fid.load_set(str(root), tmp_path)
 
 
+def test_folder_without_classes(monkeypatch, tmp_path, capsys):
+    root = tmp_path / "pets"
+    (root / "notes").mkdir(parents=True)
+    for i, color in enumerate(((255, 0, 0), (0, 0, 255))):
+        Image.new("RGB", (40, 30), color).save(root / f"{i}.png")
+    images, labels, names = data.load(f"folder:{root}", tmp_path / "cache", 8)
+    assert images.float().mean((2, 3)).tolist() == [[255, 0, 0], [0, 0, 255]]
+    assert labels.tolist() == [0, 0] and names == ["pets"]
+    Image.new("RGB", (9, 9)).save(root / "notes" / "new.png")
+    command = ["train.py", "--dataset", f"folder:{root}", "--data_dir", tmp_path / "cache"]
+    line = fails(monkeypatch, capsys, *command, "--out", tmp_path / "a.pt")
+    assert "has images and classes, such as notes: move either" in line
+
+
+# Arrays
+
+
+def test_npz_of_images(tmp_path):
+    images = np.random.randint(0, 256, (30, 8, 8, 3), np.uint8)
+    labels, name = np.arange(30) % 3, f"npz:{tmp_path}/a.npz"
+    np.savez(tmp_path / "a.npz", arr_0=images, labels=labels)
+    loaded, loaded_labels, names = data.load(name)
+    assert loaded.dtype == torch.uint8 and names == ["0", "1", "2"]
+    assert (loaded.permute(0, 2, 3, 1).numpy() == images).all()
+    assert loaded_labels.tolist() == labels.tolist()
+    assert data.load(name, size=4)[0].shape == (30, 3, 4, 4)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    _, loaded_labels, names = data.load(name)
+    assert names == ["0"] and loaded_labels.tolist() == [0] * 30
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_npz_of_floats_is_taken_as_it_is(tmp_path, dtype):
+    floats = (3 * np.random.randn(30, 5, 4, 4)).astype(dtype)
+    np.savez(tmp_path / "a.npz", arr_0=floats)
+    images, labels, _ = data.load(f"npz:{tmp_path}/a.npz")
+    assert torch.equal(images, torch.from_numpy(floats).float()) and images.abs().max() > 5
+    sampler = data.Sampler(images, labels, "cpu")
+    drawn, _ = sampler.draw(torch.tensor([0]), 30, 0, torch.Generator().manual_seed(0))
+    order = drawn[0].flatten(1)[:, 0].argsort()
+    assert torch.equal(drawn[0][order], images[images[:, 0, 0, 0].argsort()])
+    with pytest.raises(ValueError, match="not resized to 8"):
+        data.load(f"npz:{tmp_path}/a.npz", size=8)
+
+
+def test_npz_that_is_no_data_set_is_one_line(monkeypatch, tmp_path, capsys):
+    out, file = tmp_path / "keep.pt", tmp_path / "a.npz"
+    out.write_text("precious")
+
+    def bad(images=None, **arrays):
+        if images is not None or arrays:
+            np.savez(file, **arrays | ({} if images is None else {"arr_0": images}))
+        line = fails(monkeypatch, capsys, "train.py", "--dataset", f"npz:{file}", "--out", out)
+        assert f"'{file}' is no data set" in line or "do not fit" in line
+        assert out.read_text() == "precious"
+        return line
+
+    assert "No such file" in bad()
+    images, floats = np.zeros((6, 8, 8, 3), np.uint8), np.zeros((6, 2, 8, 8), np.float32)
+    assert "labels are int64 (5,) for 6 images" in bad(images, labels=np.zeros(5, int))
+    assert "labels are int64 (6, 1)" in bad(images, labels=np.zeros((6, 1), int))
+    assert "labels are float64" in bad(images, labels=np.zeros(6))
+    assert "labels are" in bad(images, labels=np.full(6, -1))
+    assert "a label is 6, more than there are images" in bad(images, labels=np.full(6, 6))
+    for number in (np.nan, np.inf, 101):
+        floats[3, 1, 4, 4] = number
+        assert f"floats up to {number}: scale them to about 1" in bad(floats)
+    assert "floats up to 1e+300" in bad(np.full((6, 2, 8, 8), 1e300))
+    assert "allow_pickle" in bad(np.array([[None]]))
+    assert "allow_pickle" in bad(images, labels=np.array(["a"] * 6, object))
+    assert "arr_0 is int64 (6, 8, 8, 3)" in bad(images.astype(int))
+    assert "arr_0 is complex64" in bad(floats.astype(np.complex64))
+    assert "arr_0 is uint8 (6, 8, 8)" in bad(images[..., 0])
+    assert "arr_0 is uint8 (0, 8, 8, 3)" in bad(images[:0])
+    assert "6 images of 4 x 8" in bad(images[:, :, :4])
+    assert "arr_0" in bad(other=images)
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"hello"):
+        file.write_bytes(damaged)
+        bad()
+    np.save(tmp_path / "a.npy", images)
+    (tmp_path / "a.npy").rename(file)
+    bad()
+
+
 # Files that are written
 
 
@@ -283,3 +370,30 @@ def test_grid_puts_images_row_by_row(tmp_path):
     assert grid.shape == (3 * 60, 2 * 60)  # 28 pixels and a margin, twice as large
     middles = grid[30::60, 30::60]
     assert middles.tolist() == [[40, 80], [120, 160], [200, 0]]
+
+
+# Bars
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_is_for_a_terminal(monkeypatch, tmp_path, capsys):
+    needs("tqdm")
+    name = f"folder:{write_folder(tmp_path / 'pets')}"
+
+    def shown(folder):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert len(data.load(name, folder, 8)[0]) == 18
+        return sys.stderr.getvalue()
+
+    assert "pets: 100%" in shown(tmp_path / "one")
+    data.say("a line")
+    assert "a line\n" in capsys.readouterr().out  # not into the bar
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert shown(tmp_path / "two") == f"{tmp_path}/pets: pip install tqdm shows how far it is\n"
+    monkeypatch.undo()
+    data.load(name, tmp_path / "three", 8)
+    assert capsys.readouterr().err == ""

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import fails, run, write_folder
+from conftest import QUICK, fails, run, train, write_folder
 
 
 def test_sample(monkeypatch, tmp_path, checkpoint, capsys):
@@ -57,6 +57,25 @@ def test_nearest(monkeypatch, tmp_path, checkpoint, capsys):
 
     assert "for a grid" in bad("digits", "b.npz")
     assert "not seen" in bad(f"folder:{write_folder(tmp_path / 'pets')}", "b.png")
+
+
+def test_floats_of_one_channel_are_pictures_too(monkeypatch, tmp_path):
+    """A grid of 8 bits, the nearest of the floats below them; but an .npz of floats."""
+    floats = np.linspace(-2, 2, 41, dtype=np.float32)[:, None, None, None] * np.ones((8, 8))
+    np.savez(tmp_path / "f.npz", arr_0=floats)
+    name = f"npz:{tmp_path}/f.npz"
+    plan = [*QUICK, "--dataset", name, "--encoder", "pixels", "--steps", 1]
+    train(*plan, "--out", tmp_path / "a.pt")
+    draw = ["sample.py", "--ckpt", tmp_path / "a.pt", "--n", 4, "--out"]
+    run(monkeypatch, *draw, tmp_path / "a.npz")
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    assert images.shape == (4, 1, 8, 8) and images.dtype == np.float32
+    run(monkeypatch, *draw, tmp_path / "a.png", "--nearest", name)
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    assert grid.shape == (3 * 70, 4 * 70) and grid.dtype == np.uint8
+    shown = data.to_uint8(torch.from_numpy(images[0, 0])).numpy()
+    assert (grid[7:63:7, 7:63:7] == shown).all()
+    assert (grid[77:133:7, 7:63:7] == 128).all()  # 0, as the sample nearly is
 
 
 def test_guidance_out_of_range_is_noted(monkeypatch, tmp_path, checkpoint, capsys):
