@@ -86,10 +86,12 @@ def fails(monkeypatch, capsys, script, *args):
 
 
 def train(*args):
-    """train.py, with 20 samples for its scores instead of 1,000: most tests do not look at them."""
+    """train.py with 20 samples for its scores instead of 1,000, and without the picture of its log:
+    most tests do not look at them."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "N_EVAL", 20)
+        patch.setattr(training.Log, "draw", lambda log: None)
         training.main([str(a) for a in args])
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -8,6 +8,7 @@ Data sets as arrays, the sampler that draws the real images of a step, and image
     folder:PATH   one sub-folder per class, any images that pillow opens; or images alone
     npz:FILE      uint8 arr_0 [N, H, W, C], as sample.py writes it, and labels, if there are any;
                   or float arr_0 [N, C, H, W], taken as it is: latents, spectrograms, fields
+    latents:DIR   what `python data.py encode` has made of any of these: see latents.py
 
 At the end: what all scripts need to be typed at.
 """
@@ -57,6 +58,7 @@ GARMENTS += ["sandal", "shirt", "sneaker", "bag", "ankle boot"]
 def load(name, data_dir="data", size=None, split="train"):
     """-> images uint8 [N, C, size, size], or float32 of some npz, labels int64 [N], class names.
 
+    Of latents:DIR the images are float16, or uint8, [N, V, C, size, size]: V views of each.
     size None: the set's own (folder: 64). split: train, or test of mnist, fashion and cifar10; the
     other sets have none. Raises ValueError or OSError, with a line that says what to do, for
     anything wrong on disk.
@@ -76,8 +78,16 @@ def load(name, data_dir="data", size=None, split="train"):
         images, labels, names = load_folder(Path(name[7:]), data_dir, size or 64)
     elif name.startswith("npz:"):
         images, labels, names = load_npz(Path(name[4:]))
+    elif name.startswith("latents:"):
+        import latents  # here: it needs this file
+
+        images, labels, names, _ = latents.load(name[8:])
+        if size not in (None, images.shape[-1]):
+            side = f"{images.shape[-1]} x {images.shape[-1]}"
+            raise ValueError(f"{name} is {side}, and views are not resized to {size}")
+        return images, labels, names
     else:
-        known = "digits, mnist, fashion, cifar10, folder:PATH or npz:FILE"
+        known = "digits, mnist, fashion, cifar10, folder:PATH, npz:FILE or latents:DIR"
         raise ValueError(f"unknown data set {name!r}: choose {known}")
     N, _, H, W = images.shape
     if not N or labels.shape != (N,) or labels.min() < 0 or labels.max() >= len(names) or H != W:
@@ -164,7 +174,8 @@ def load_cifar10(data_dir, split):
     return np.concatenate(images), np.concatenate(labels), names
 
 
-def load_folder(root, data_dir, size):
+def folder_files(root):
+    """The images of a folder -> paths [N], labels int64 [N], class names. Raises ValueError."""
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
     classes = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
@@ -180,7 +191,12 @@ def load_folder(root, data_dir, size):
     count = np.bincount(labels, minlength=len(classes))
     if not count.all():
         raise ValueError(f"{classes[count.argmin()]} has no images: remove it or fill it")
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for _, f in files]
+    return [f for _, f in files], labels, [d.resolve().name for d in classes]
+
+
+def load_folder(root, data_dir, size):
+    files, labels, names = folder_files(root)
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.md5(repr(stats).encode()).hexdigest()[:12]  # other files, another cache
     cache = data_dir / f"{root.resolve().name}-{size}-{digest}.npy"
     shape = (len(files), 3, size, size)
@@ -192,7 +208,7 @@ def load_folder(root, data_dir, size):
         with whole(cache) as output, bar as update:  # one by one: they may not fit the memory
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(output, header)
-            for _, file in files:
+            for file in files:
                 try:
                     image = ImageOps.fit(read_image(file), (size, size), Image.Resampling.LANCZOS)
                     output.write(np.asarray(image).transpose(2, 0, 1).tobytes())
@@ -208,7 +224,7 @@ def load_folder(root, data_dir, size):
             raise ValueError(f"it holds {images.dtype} {images.shape}")
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{cache} is damaged ({error}): delete it and run again") from None
-    return images, labels, [d.resolve().name for d in classes]
+    return images, labels, names
 
 
 def load_npz(path):
@@ -236,11 +252,16 @@ def load_npz(path):
 
 
 def unlabelled(name):
-    """Whether a folder has no classes, but images, or an npz no labels."""
+    """Whether a folder has no classes, but images, an npz no labels, or latents a single class."""
     kind, _, path = name.partition(":")
-    if kind == "npz" and Path(path).is_file():
-        with suppress(Exception), np.load(path) as file:  # load() says what is wrong with it
-            return "labels" not in file.files
+    with suppress(Exception):  # load() says what is wrong
+        if kind == "npz":
+            with np.load(path) as file:
+                return "labels" not in file.files
+        if kind == "latents":
+            import latents
+
+            return len(latents.load(path)[2]) == 1
     return kind == "folder" and len(image_files(Path(path), "*")) > 0
 
 
@@ -267,12 +288,22 @@ def check_md5(digest, md5, source):
         raise ValueError(f"{source} is damaged or not the official file, {other}: delete it")
 
 
+def views(images):
+    """Those of images [N, V, C, H, W] to train a generator on: of latents an image and its mirror
+    image, which come first; of pixels the random crops, if there are any, as the authors do."""
+    if images.ndim == 4:
+        return images
+    crops = images.dtype == torch.uint8 and images.shape[1] > 2
+    return images[:, 2:] if crops else images[:, :2]
+
+
 class Sampler:
     """Draws real images by label; images uint8 [N, C, H, W], labels int64 [N].
 
-    flip: mirror half of the images (photographs, not digits). What does not fit a quarter of the
-    free memory of a GPU stays where it is: then indices are drawn there, too, and the images of a
-    step are copied from pinned memory while the GPU is at work on the step before.
+    flip: mirror half of the images (photographs, not digits). Of images [N, V, C, H, W] any of the
+    V views is drawn instead. What does not fit a quarter of the free memory of a GPU stays where it
+    is: then indices are drawn there, too, and the images of a step are copied from pinned memory
+    while the GPU is at work on the step before.
     """
 
     def __init__(self, images, labels, device, flip=False):
@@ -280,7 +311,7 @@ class Sampler:
         fits = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
         self.home = device if fits else images.device
         self.device = device
-        self.flip = flip
+        self.flip = flip and images.ndim == 4  # else a mirror image is a view
         self.images = images.to(self.home)
         self.labels = labels.to(self.home)
         self.count = labels.bincount()  # [classes]
@@ -305,18 +336,24 @@ class Sampler:
         pos = self.order[self.start[labels, None] + place]  # [L, P]
         unc = torch.randint(len(self.images), (L, n_unc), generator=generator, device=device)
         index = torch.cat([pos, unc], dim=1)
-        mirror = torch.rand(index.shape, generator=generator, device=device) < 0.5
-        images = self.fetch(index[mine], mirror[mine])  # [L, P + U, C, H, W]
+        chance = torch.rand(index.shape, generator=generator, device=device)
+        images = self.fetch(index[mine], chance[mine])  # [L, P + U, C, H, W]
         return images[:, :n_pos], images[:, n_pos:]
 
     def batch(self, n, generator, mine=slice(None)):
         """Any n images [n, C, H, W] in [-1, 1] and their labels [n]; with mine, that share."""
         index = torch.randint(len(self.images), (n,), generator=generator, device=self.home)
-        mirror = torch.rand(n, generator=generator, device=self.home) < 0.5
-        return self.fetch(index[mine], mirror[mine]), self.labels[index[mine]].to(self.device)
+        chance = torch.rand(n, generator=generator, device=self.home)
+        return self.fetch(index[mine], chance[mine]), self.labels[index[mine]].to(self.device)
 
-    def fetch(self, index, mirror):
-        images = self.images[index]
+    def fetch(self, index, chance):
+        """Images by index; chance, uniform in [0, 1), says which are mirrored, or which view."""
+        mirror = chance < 0.5
+        if self.images.ndim == 5:
+            view = (chance * self.images.shape[1]).long()
+            images = self.images[index, view]
+        else:
+            images = self.images[index]
         if self.home != self.device:
             images, mirror = images.pin_memory(), mirror.pin_memory()
         images = to_float(images.to(self.device, non_blocking=True))
@@ -549,3 +586,9 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    import latents
+
+    run(latents.main)

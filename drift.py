@@ -125,13 +125,29 @@ def mean_over_ranks(t):
     return t
 
 
+def mean_distances(targets, w, n_gen):
+    """Step 1 of normalised_drift(): the targets centred, their distances and weights, for each
+    shape; and [features + 1], the weighted mean distance of every feature and the mean weight."""
+    centred, distances, weights, means = [], [], [], []
+    for y in targets:
+        centre = y[:, :, :n_gen].mean(2, keepdim=True, dtype=w.dtype)
+        centred.append(y - centre)  # in float32, though y may be bf16
+        distances.append(distance(centred[-1][:, :, :n_gen], centred[-1]))
+        weights.append(w.repeat_interleave(y.shape[1] // len(w), 0))
+        means.append((distances[-1].mean(2) * weights[-1]).mean((1, 2)))
+    return centred, distances, weights, torch.cat([*means, w.mean().unsqueeze(0)])
+
+
 @torch.no_grad()
-def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
+def normalised_drift(
+    targets, w, n_gen, n_pos, taus, iters, floor, whole_means=None, whole_drift=None
+):
     """V of Algorithm 1, for features of several shapes at once.
 
     targets: an iterator, for each shape over a tensor y [F, G, T, C] of F features in G groups: the
     n_gen samples themselves, then unconditional images, then the n_pos positives. w [L, T]: their
-    weights, for L labels of G / L groups each.
+    weights, for L labels of G / L groups each. If these labels are a part of the step only,
+    whole_means and whole_drift are what sums_of_parts() has found for all.
 
     -> V [F, G, n_gen, C] for each shape, to be added to the samples; and, all features in one row,
     scale [features], their weighted mean distance (of a sample to itself, too); s [features], which
@@ -140,14 +156,8 @@ def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
     """
     with exact_float32(w.device.type):
         # 1. The mean distance of a feature, over groups, samples and targets, is its unit.
-        centred, distances, weights, means = [], [], [], []
-        for y in targets:
-            centre = y[:, :, :n_gen].mean(2, keepdim=True, dtype=w.dtype)
-            centred.append(y - centre)  # in float32, though y may be bf16
-            distances.append(distance(centred[-1][:, :, :n_gen], centred[-1]))
-            weights.append(w.repeat_interleave(y.shape[1] // len(w), 0))
-            means.append((distances[-1].mean(2) * weights[-1]).mean((1, 2)))
-        means = mean_over_ranks(torch.cat([*means, w.mean().unsqueeze(0)]))
+        centred, distances, weights, means = mean_distances(targets, w, n_gen)
+        means = mean_over_ranks(means) if whole_means is None else whole_means
         scale = means[:-1] / means[-1]
         counts = [len(y) for y in centred]
         # tau * sqrt(C) in x / s is tau * scale in x: [F, 1, taus, 1, 1] for each shape
@@ -170,7 +180,11 @@ def normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor):
             squares.append(V.square().mean((1, 3, 4)))
             s.append((mean / y.shape[-1] ** 0.5).clamp(min=1e-3))  # x / s: mean distance sqrt(C)
         s = torch.cat(s)
-        drift = mean_over_ranks(torch.cat(squares) / s.square().unsqueeze(1))
+        drift = torch.cat(squares) / s.square().unsqueeze(1)
+        if whole_means is None:
+            drift = mean_over_ranks(drift)
+        elif whole_drift is not None:
+            drift = whole_drift
 
         # 3. Every field is divided by its own root mean square (of V / s), and they are added.
         r = drift.clamp(min=1e-8).rsqrt()[:, None, :, None, None].split(counts)
@@ -232,15 +246,8 @@ def join_targets(names, L, *sets):
     return torch.cat(y, dim=3).flatten(1, 2)  # a group is a label and a location
 
 
-def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
-    """The drift of all features of a step, for regress().
-
-    fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]}
-    unconditional, for L labels and the feature's l locations; alpha [L], their guidance strengths.
-
-    -> V [L * N, K], all K numbers of a sample's features in one row; weight [K], what the square of
-    each counts in the loss; stats {name: [len(taus) + 1]}: drift and scale of drift_loss().
-    """
+def step_targets(fx, fp, fu, alpha):
+    """Arguments of features_drift() as the first four of normalised_drift()."""
     L = len(alpha)
     n_gen, n_unc, n_pos = (len(next(iter(f.values()))) // L for f in (fx, fu, fp))
     # Guidance: the unconditional images together weigh (alpha - 1) times the other N - 1 samples.
@@ -248,17 +255,51 @@ def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
     w = alpha.new_ones(L, n_gen + n_unc + n_pos)  # [L, T]
     w[:, n_gen : n_gen + n_unc] = w_unc[:, None]
     targets = (join_targets(names, L, fx, fu, fp) for names in by_shape(fx))
-    fields, s, scale, drift = normalised_drift(targets, w, n_gen, n_pos, taus, iters, floor)
+    return targets, w, n_gen, n_pos
+
+
+def features_drift(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0, whole=(None, None)):
+    """The drift of all features of a step, for regress().
+
+    fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]}
+    unconditional, for L labels and the feature's l locations; alpha [L], their guidance strengths.
+    whole: sums_of_parts(), if these labels are a part of the step.
+
+    -> V [L * N, K], all K numbers of a sample's features in one row; weight [K], what the square of
+    each counts in the loss; stats {name: [len(taus) + 1]}: drift and scale of drift_loss().
+    """
+    targets = step_targets(fx, fp, fu, alpha)
+    fields, s, scale, drift = normalised_drift(*targets, taus, iters, floor, *whole)
 
     names = [name for same in by_shape(fx) for name in same]
     stats = torch.cat([drift, scale.unsqueeze(1)], dim=1)
     stats = dict(zip(names, stats, strict=True))
-    rows, weights = [], []
+    L, rows, weights = len(alpha), [], []
     for V, inverse in zip(fields, s.pow(-2).split([len(V) for V in fields]), strict=True):
         row = V.unflatten(1, (L, -1)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
         rows.append(row)  # [L * N, F * l * C]
         weights.append((inverse / V[0].numel()).repeat_interleave(row.shape[1] // len(V)))
     return torch.cat(rows, dim=1), torch.cat(weights), stats
+
+
+@torch.no_grad()
+def sums_of_parts(parts, taus=TAUS, iters=1, floor=0.0):
+    """What the labels of a step share: the mean distance of every feature, and its mean drift.
+
+    For a step whose features do not fit the memory. Labels couple by these alone, so that a part of
+    them can be worked through at a time. parts(): an iterator over the arguments (fx, fp, fu,
+    alpha) of features_drift() for parts of equally many labels; it is called twice, as the second
+    sum needs the first. -> means and drift of normalised_drift(), over all parts and ranks.
+    """
+    means, drifts = [], []
+    for part in parts():
+        targets, w, n_gen, _ = step_targets(*part)
+        with exact_float32(w.device.type):
+            means.append(mean_distances(targets, w, n_gen)[-1])
+    means = mean_over_ranks(torch.stack(means).mean(0))
+    for part in parts():
+        drifts.append(normalised_drift(*step_targets(*part), taus, iters, floor, means)[-1])
+    return means, mean_over_ranks(torch.stack(drifts).mean(0))
 
 
 def regress(fx, V, weight):

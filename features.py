@@ -31,7 +31,7 @@ ALIASES = {  # name: (timm's name, input size if it is not to be timm's own)
     "dinov3": ("vit_small_patch16_dinov3.lvd1689m", None),
     "clip": ("vit_base_patch16_clip_224.openai", None),
     "siglip": ("vit_base_patch16_siglip_224.webli", None),
-    "convnextv2": ("convnextv2_tiny.fcmae", None),
+    "convnextv2": ("convnextv2_base.fcmae_ft_in22k_in1k", 224),  # of the paper's pixel models
 }
 
 
@@ -152,6 +152,36 @@ class Timm(nn.Module):
         return maps
 
 
+class ConvNeXtV2(Timm):
+    """ConvNeXt-V2 as the authors' pixel models use it, which is not as Timm takes maps of others.
+
+    Images are resized, but not brought to ImageNet's mean and deviation; every location is
+    standardised over its channels; the first stage counts by its mean and deviation alone; no 2 x 2
+    and 4 x 4 patches.
+    """
+
+    def features(self, images):
+        """{name: [B, l, C]}, by the official names (the first four letters are theirs, too)."""
+        size = (self.size, self.size)
+        x = F.interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True)
+        x = self.net.stem(x)
+        feats = {}
+        for i, stage in enumerate(self.net.stages):
+            x = stage(x)
+            var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+            y = rearrange((x - mean) / (var.sqrt() + 1e-3), "b c h w -> b (h w) c")
+            if i > 0:
+                feats[f"convenxt_stage_{i}"] = y
+            mean, std = (
+                y.mean(1, keepdim=True),
+                (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt(),
+            )
+            feats[f"convenxt_stage_{i}_mean"] = mean
+            feats[f"convenxt_stage_{i}_std"] = std
+        pooled = self.net.head.norm(x.mean((2, 3), keepdim=True))
+        return feats | {"global_mean": pooled.flatten(2).mT, "global_std": std}
+
+
 def nearest(name, names):
     close = get_close_matches(name, names, 3, 0.5)
     return f": nearest {', '.join(close)}" if close else ""
@@ -164,7 +194,8 @@ def build(name, channels, size, input_size):
         if channels not in (1, 3):
             raise ValueError(f"{name} is for images of 1 or 3 channels, not {channels}")
         model, own_size = ALIASES.get(model, (model.removeprefix("timm:"), None))
-        return Timm(model, input_size or own_size, file)
+        kind = ConvNeXtV2 if model.startswith("convnextv2") else Timm
+        return kind(model, input_size or own_size, file)
     if name.endswith(".pt"):
         net, _ = load_mae(name)
     elif name.startswith("hf://") or Path(name).is_dir():
@@ -199,6 +230,8 @@ class Encoder(nn.Module):
         if torch.device(device).type == "cuda":
             # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
             for net in self.nets:
+                if isinstance(net, ConvNeXtV2):
+                    continue  # its standard deviations want float32, as officially
                 net = net.net if isinstance(net, Timm) else net
                 net.to(dtype=dtype, memory_format=torch.channels_last)
 
@@ -215,5 +248,8 @@ class Encoder(nn.Module):
         map, or pooled_pixels() if there is none."""
         if not self.nets:
             return pooled_pixels(images)
-        maps = [f for f in self.nets[-1].features(images).values() if f.ndim == 4]
+        feats = self.nets[-1].features(images)
+        if "global_mean" in feats:  # of ConvNeXtV2
+            return feats["global_mean"].float().flatten(1)
+        maps = [f for f in feats.values() if f.ndim == 4]
         return maps[-1].float().mean((2, 3))

@@ -8,6 +8,9 @@ $ python fid.py --ckpt out.pt --dataset cifar10 --n 10000 --cfg 1 1.5 2 3
 Two sets, each a data set (its test split as NAME:test), a folder of images or an .npz with arr_0
 $ python fid.py cifar10 cifar10:test
 
+Against statistics as people publish them, mu and sigma; a generator of latents needs its decoder
+$ python fid.py --ckpt hf://ablation --vae stabilityai/sd-vae-ft-mse --ref imagenet256.npz --cfg 1 2
+
 By a lighter network, where Inception is too slow; the value is called FD, for it is no FID
 $ python fid.py --ckpt out.pt --dataset cifar10 --n 2000 --network timm:tf_efficientnet_lite0
 
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 
 import data
+import latents
 from features import Encoder, pooled_pixels
 
 
@@ -196,6 +200,23 @@ def reference(images, name, net, folder, batch=100):
     return ref
 
 
+def published(path):
+    """The reference() of statistics in a file: mu and sigma, or ref_mu and ref_sigma."""
+    try:
+        with np.load(path) as file:  # without pickles, as is its default
+            start = "ref_" if "ref_mu" in file.files else ""
+            mean, cov = (
+                torch.from_numpy(file[f"{start}mu"]),
+                torch.from_numpy(file[f"{start}sigma"]),
+            )
+        mean, cov = mean.double().flatten(), cov.double()
+        if cov.shape != (len(mean), len(mean)) or not (mean.sum() + cov.sum()).isfinite():
+            raise ValueError(f"mu {list(mean.shape)}, sigma {list(cov.shape)}")
+    except Exception as error:  # what numpy raises for a damaged file has no type in common
+        raise ValueError(f"{path} has no mu and sigma of features ({error})") from None
+    return {"mean": mean, "cov": cov, "some": None, "n": None}
+
+
 def measure(batches, n, net, ref, what="samples"):
     """Scores of n images, an iterator over uint8 batches, against a reference(): a dictionary."""
     return compare(*extract(batches, n, net, what), net, ref)
@@ -203,7 +224,12 @@ def measure(batches, n, net, ref, what="samples"):
 
 def compare(f, p, net, ref):
     """The same from features f [n, C] and probabilities p, or None, of the images."""
-    precision, recall = precision_recall(ref["some"], subset(f))
+    if f.shape[1] != len(ref["mean"]):
+        given = f"the reference has statistics of {len(ref['mean'])} features"
+        raise ValueError(f"{given}, the network of these images has {f.shape[1]}")
+    precision = recall = None
+    if ref["some"] is not None:
+        precision, recall = precision_recall(ref["some"], subset(f))
     return {
         "fid": frechet_distance(*gaussian(f), ref["mean"], ref["cov"]),
         "inception_score": None if p is None else inception_score(p),
@@ -218,7 +244,7 @@ def compare(f, p, net, ref):
 def fid_name(score):
     """FID, or FID-n of few images; FD, of another network."""
     name = "FID" if score["protocol"].startswith("inception") else "FD"
-    smaller = min(score["n"], score["n_reference"])
+    smaller = min(score["n"], score["n_reference"] or score["n"])
     return name if smaller >= 10000 else f"{name}-{smaller}"
 
 
@@ -227,9 +253,12 @@ def text(score):
     known_as, known = fid_name(score), score["inception_score"] is not None
     inception = f"IS {score['inception_score']:.2f}" if known else "no classifier, no IS"
     line = f"{known_as} {score['fid']:.2f}  {inception}"
-    line += f"  precision {score['precision']:.3f}  recall {score['recall']:.3f}"
-    sizes = f"{score['n']:,} images against {score['n_reference']:,}"
-    if min(score["n"], score["n_reference"]) <= 2048 and known_as.startswith("FID"):
+    if score["precision"] is not None:
+        line += f"  precision {score['precision']:.3f}  recall {score['recall']:.3f}"
+    fewest = min(score["n"], score["n_reference"] or score["n"])
+    against = f"{score['n_reference']:,}" if score["n_reference"] else "published statistics"
+    sizes = f"{score['n']:,} images against {against}"
+    if fewest <= 2048 and known_as.startswith("FID"):
         sizes += ", fewer than its 2,048 features: too large"
     return f"{line}  ({sizes}, {score['protocol']})"
 
@@ -283,6 +312,20 @@ def load_set(name, data_dir, size=None):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
+def draw_samples(model, n, cfg, args, vae):
+    """uint8 batches of n samples, classes in turn; decoded, if they are latents."""
+    label = torch.arange(n, device=args.device) % model.config.num_classes
+    generator = torch.Generator().manual_seed(args.seed)
+    for part in label.split(args.batch):
+        images = model.generate(part, cfg, generator)
+        if vae:
+            images = latents.decode(vae, images)
+        if args.truncate:
+            yield ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        else:
+            yield data.to_uint8(images)
+
+
 def plot(scores, path):
     """FID against the Inception score, or against --cfg where there is none."""
     import matplotlib
@@ -308,6 +351,11 @@ def parse():
     p.add_argument("sets", nargs="*", help="two sets; the second is the reference")
     p.add_argument("--ckpt", help="generator, as of sample.py, instead of the first set")
     p.add_argument("--dataset", help="reference, instead of the second set")
+    p.add_argument(
+        "--ref", help="FILE.npz with mu and sigma; a reference set then is for precision"
+    )
+    p.add_argument("--vae", help="autoencoder of a generator of latents, as of sample.py")
+    p.add_argument("--truncate", action="store_true", help="to uint8 without rounding, as some do")
     p.add_argument("--data_dir", default="data", help="where data sets and their features are kept")
     p.add_argument(
         "--n", type=data.number(int, 4, 10**8), help="samples, if not 50,000; or of the first set"
@@ -330,8 +378,11 @@ def parse():
     p.add_argument("--device", type=data.device, default=data.default_device())
     args = p.parse_args()
     args.sets += [args.dataset] if args.dataset else []
-    if len(args.sets) != (1 if args.ckpt else 2):
-        p.error("name two sets, or --ckpt and one set, as --dataset")
+    needed = [0, 1] if args.ckpt and args.ref else [1, 2] if args.ref else [1 if args.ckpt else 2]
+    if len(args.sets) not in needed:
+        p.error("name two sets, or --ckpt and one set, as --dataset; --ref is for the second set")
+    if args.truncate and not args.ckpt:
+        p.error("--truncate is for the samples of --ckpt")
     return args
 
 
@@ -339,31 +390,40 @@ def main():
     from model import DiT
 
     args = parse()
-    size = args.size
+    size, vae = args.size, None
     if args.ckpt:
         model = DiT.load(args.ckpt)[0].eval().to(args.device)
-        size = model.config.input_size
-        if model.config.in_channels not in (1, 3):
-            raise ValueError(f"{args.ckpt} gives latents: sample.py --vae decodes them to an .npz")
-    images = [load_set(name, args.data_dir, size) for name in args.sets]
-    if min(map(len, images)) < 4:
+        channels = model.config.in_channels
+        if args.vae:
+            vae = latents.load_vae(args.vae, args.device, channels)
+        elif channels not in (1, 3):
+            raise ValueError(f"{args.ckpt} gives latents, which --vae decodes")
+        else:
+            size = model.config.input_size
+    sets = [load_set(name, args.data_dir, size) for name in args.sets]
+    if sets and min(map(len, sets)) < 4:
         raise ValueError("both sets must have at least 4 images")
     if args.network:
-        net = Network(args.network, args.network_size, images[-1].shape[-1], args.device)
+        size = sets[-1].shape[-1] if sets else size or 256
+        net = Network(args.network, args.network_size, size, args.device)
     else:
         net = Inception(args.inception, args.device)
-    ref = reference(images[-1], args.sets[-1], net, args.data_dir, args.batch)
+    ref = {}
+    if len(sets) > (0 if args.ckpt else 1):
+        ref = reference(sets[-1], args.sets[-1], net, args.data_dir, args.batch)
+    if args.ref:
+        stats = published(args.ref)
+        ref = ref | {name: stats[name] for name in ("mean", "cov", "n")} if ref else stats
+    if args.truncate:
+        net.protocol += "-truncated"
     results = []
     if not args.ckpt:
-        first = images[0][: args.n]
+        first = sets[0][: args.n]
         results.append(measure(first.split(args.batch), len(first), net, ref))
         print(text(results[0]))
     n = args.n or 50000
     for cfg in args.cfg if args.ckpt else ():
-        label = torch.arange(n, device=args.device) % model.config.num_classes
-        generator = torch.Generator().manual_seed(args.seed)
-        parts = label.split(args.batch)
-        batches = (data.to_uint8(model.generate(part, cfg, generator)) for part in parts)
+        batches = draw_samples(model, n, cfg, args, vae)
         results.append({"cfg": cfg} | measure(batches, n, net, ref, f"cfg {cfg}"))
         print(f"cfg {cfg:g}  {text(results[-1])}", flush=True)
     if args.json:

@@ -2,11 +2,16 @@
 The paper's ResNet-MAE, the encoder in whose features the drift is measured, and its training.
 
 Half of the patches of an image are hidden, and a U-Net has to fill them in; what its encoder has
-learnt to see is the feature space. Then, optionally, a linear classifier joins on top.
+learnt to see is the feature space. In the last steps a linear classifier may join on top. The
+average of the weights is what is saved.
 
 $ python mae.py --dataset cifar10 --out mae_cifar10.pt
 $ torchrun --standalone --nproc_per_node=8 mae.py --width 64 --patch 1 --steps 20000
 $ python train.py --dataset cifar10 --encoder mae_cifar10.pt
+
+The paper's for its ablation, on latents with random crops by `python data.py encode`
+$ torchrun --standalone --nproc_per_node=8 mae.py --dataset latents:latents --width 256 --patch 1 \
+      --layers 3 4 6 3 --batch 8192 --lr 4e-3 --warmup 4000 --steps 30000
 """
 
 import argparse
@@ -14,6 +19,7 @@ import math
 import signal
 import time
 import zlib
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,23 +37,25 @@ def norm_x(x):
     return (x.square().mean((2, 3)) + 1e-6).sqrt().unsqueeze(1)
 
 
-def group_norm(channels):
-    groups = max(g for g in range(1, 33) if channels % g == 0)
+def group_norm(channels, least):
+    """Up to 32 groups, as officially, but of at least so many channels."""
+    most = max(1, min(32, channels // least))
+    groups = max(g for g in range(1, most + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def conv_norm(c_in, c_out, kernel=3, stride=1):
+def conv_norm(c_in, c_out, least, kernel=3, stride=1):
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, group_norm(c_out))
+    return nn.Sequential(conv, group_norm(c_out, least))
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out, least, stride):
         super().__init__()
-        self.conv1 = conv_norm(c_in, c_out, 3, stride)
-        self.conv2 = conv_norm(c_out, c_out)
+        self.conv1 = conv_norm(c_in, c_out, least, 3, stride)
+        self.conv2 = conv_norm(c_out, c_out, least)
         same = c_in == c_out and stride == 1
-        self.skip = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride)
+        self.skip = nn.Identity() if same else conv_norm(c_in, c_out, least, 1, stride)
 
     def forward(self, x):
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
@@ -57,33 +65,42 @@ class MAE(nn.Module):
     """The paper's ResNet-MAE: an encoder, a U-Net decoder for what was masked, a linear classifier.
 
     channels, size: of the images; width: C of the first stage, 2C, 4C, 8C of the others; patch:
-    pixels along each side of a patch that becomes one location. Raises ValueError for images that
-    the strides do not fit.
+    pixels along each side of a patch that becomes one location; group: channels that GroupNorm
+    takes together at least. Raises ValueError for images that the strides do not fit.
     """
 
-    def __init__(self, channels=3, size=32, width=32, patch=1, layers=(3, 4, 6, 3), num_classes=10):
+    def __init__(
+        self,
+        channels=3,
+        size=32,
+        width=32,
+        patch=1,
+        layers=(3, 4, 6, 3),
+        num_classes=10,
+        group=1,
+    ):
         super().__init__()
         if size % patch or size < 8 * patch:
             needs = f"at least {8 * patch} pixels, a multiple of {patch}"
             raise ValueError(f"images of {size} pixels are too small for this ResNet-MAE: {needs}")
         self.config = dict(channels=channels, size=size, width=width, patch=patch)
-        self.config |= dict(layers=list(layers), num_classes=num_classes)
+        self.config |= dict(layers=list(layers), num_classes=num_classes, group=group)
         self.patch = patch
         C = [width, width, 2 * width, 4 * width, 8 * width]  # of the stem and of the four stages
-        self.stem = conv_norm(channels * patch**2, width)
+        self.stem = conv_norm(channels * patch**2, width, group)
         self.stages = nn.ModuleList()
         for i, count in enumerate(layers):
             stride = 1 if i == 0 else 2
-            blocks = [BasicBlock(C[i], C[i + 1], stride)]
-            blocks += [BasicBlock(C[i + 1], C[i + 1], 1) for _ in range(count - 1)]
+            blocks = [BasicBlock(C[i], C[i + 1], group, stride)]
+            blocks += [BasicBlock(C[i + 1], C[i + 1], group, 1) for _ in range(count - 1)]
             self.stages.append(nn.ModuleList(blocks))
-        self.norms = nn.ModuleList(group_norm(c) for c in C[1:])
-        self.bridge = conv_norm(C[4], C[4])
+        self.norms = nn.ModuleList(group_norm(c, group) for c in C[1:])
+        self.bridge = conv_norm(C[4], C[4], group)
         self.ups = nn.ModuleList()
         for i in (3, 2, 1, 0):
             both = C[i + 1] + C[i]  # from below, and the skip
-            up = [group_norm(both), conv_norm(both, C[i]), conv_norm(C[i], C[i])]
-            self.ups.append(nn.ModuleList(up))
+            up = [conv_norm(both, C[i], group), conv_norm(C[i], C[i], group)]
+            self.ups.append(nn.ModuleList([group_norm(both, group), *up]))
         self.out = nn.Conv2d(width, channels * patch**2, 1)
         self.head = nn.Linear(C[4], num_classes)
 
@@ -159,6 +176,14 @@ def write(path, state, images, mask, filled):
     data.save_grid(rows, path.with_suffix(".png"), columns=min(10, len(images)))
 
 
+def reconstruction(filled, images, mask, patch):
+    """The official loss: the square error of what was hidden, summed over channels, mean over an
+    image's hidden locations, then over images. A location is a patch of pixels."""
+    error = ((filled.float() - images).square() * mask).sum((1, 2, 3))
+    locations = mask.sum((1, 2, 3)) / patch**2
+    return (error / locations.clamp(min=1)).mean()
+
+
 def train_mae(
     path,
     sampler,
@@ -166,86 +191,96 @@ def train_mae(
     width=32,
     patch=2,
     layers=(2, 2, 2, 2),
+    group=8,
     steps=1000,
-    cls_share=0.7,
+    cls_steps=0,
     batch=128,
     lr=2e-3,
+    warmup=50,
+    ema=0.9995,
     seed=0,
 ):
     """Trains a ResNet-MAE on the images of a data.Sampler; writes it to path and returns it.
 
-    The loss is the mean square error of hidden pixels; in the last cls_share of the steps 0.1 times
-    the cross-entropy of the classifier is added, warmed up over the first third of them. Under
-    torchrun the ranks share a batch. Goes on from path if it is there; ValueError if that is of
-    another plan. Reconstructions are drawn beside it.
+    The loss is (1 - c) reconstruction() + c cross-entropy of the classifier, with c = 0 until the
+    last cls_steps of the steps, over the first third of which it rises to 0.1. The rate is constant
+    after the warm-up. What is saved is an average of the weights, of decay `ema`, less at first.
+    Under torchrun the ranks share a batch. Goes on from path if it is there; ValueError if that is
+    of another plan. Reconstructions are drawn beside it.
     """
     path, device = Path(path), torch.device(sampler.device)
-    _, C, size, _ = sampler.images.shape
+    C, size = sampler.images.shape[-3:-1]
     rank, world = data.rank(), data.world_size()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    net, start = MAE(C, size, width, patch, layers, num_classes), 0
-    plan = net.config | dict(steps=steps, cls_share=cls_share, batch=batch, lr=lr, seed=seed)
+    net, start = MAE(C, size, width, patch, layers, num_classes, group), 0
+    plan = net.config | dict(steps=steps, cls_steps=cls_steps, batch=batch, lr=lr, warmup=warmup)
+    plan |= dict(ema=ema, seed=seed)
     plan["data"] = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
+    average = deepcopy(net)
     if path.exists():
-        net, checkpoint = load_mae(path)
+        average, checkpoint = load_mae(path)
         start, old = checkpoint.get("step", steps), checkpoint.get("plan", {})
         other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
         if other:
             raise ValueError(f"{path} was trained with {', '.join(other)}: name another file")
+    average = average.to(device).requires_grad_(False)
+    if start == steps:
+        return average
+    if start:
+        net.load_state_dict(checkpoint["raw"])
+        data.say(f"{path}: going on after step {start}")
     net = net.to(device)
     if device.type == "cuda":
         net = net.to(memory_format=torch.channels_last)  # on a CPU it is slower
-    if start == steps:
-        return net
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), weight_decay=0.01, fused=True)
     if start:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        data.say(f"{path}: going on after step {start}")
     batch = math.ceil(batch / world) * world
     mine = slice(rank * batch // world, (rank + 1) * batch // world)
     began = saved = time.time()
     with data.progress(path.stem, steps, " steps") as bar:
         bar(start)
         for step in range(start, steps):
-            generator = torch.Generator(sampler.home).manual_seed(
-                seed * 10**6 + step
-            )  # if resumed, too
+            generator = torch.Generator(sampler.home).manual_seed(seed * 10**6 + step)
             images, labels = sampler.batch(batch, generator, mine)
-            mask = draw_mask(batch, size, patch, generator).to(device)
-            hidden = mask.sum().clamp(min=1) * C / world  # of all ranks, whose shares differ
-            mask = mask[mine]
-
-            warmup, cosine = (step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, warmup) * cosine
+            mask = draw_mask(batch, size, patch, generator).to(device)[mine]
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr * min(1, (step + 1) / max(1, warmup))
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 filled, logits = model(images, mask)
-            mse = ((filled.float() - images).square() * mask).sum() / hidden
-            ramp = (step / steps - 1 + cls_share) / (cls_share / 3 + 1e-9)
-            loss = mse + 0.1 * min(1, max(0, ramp)) * F.cross_entropy(logits.float(), labels)
+            loss = reconstruction(filled, images, mask, patch)
+            c = 0.0
+            if step >= steps - cls_steps:
+                c = 0.1 * min(1, (step - steps + cls_steps) / (cls_steps / 3))
+            both = (1 - c) * loss + c * F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            both.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 2.0)
             optimizer.step()
+            # Without the second limit, a short run would keep some of its random first weights.
+            decay = min(ema, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
-            done = step + 1
             bar(1)
+            done = step + 1
             if done % 100 == 0 or done in (start + 1, steps):
                 speed = (done - start) / (time.time() - began)  # steps per second
-                right = (logits.argmax(1) == labels).float().mean().item()
                 left = timedelta(seconds=int((steps - done) / speed))
-                line = f"{done:6d}  mse of hidden pixels {mse.item():.4f}  classifier {right:.0%}"
+                line = f"{done:6d}  loss of what is hidden {loss.item():.4f}"
+                if c:
+                    line += f"  classifier {(logits.argmax(1) == labels).float().mean().item():.0%}"
                 data.say(f"{line}  {speed * batch:,.0f} images/s  {left} left")
             if data.first_on_node() and (done == steps or time.time() - saved > 60):
                 saved = time.time()
-                state = dict(config=net.config, plan=plan, model=net.state_dict(), step=done)
+                state = dict(config=net.config, plan=plan, model=average.state_dict(), step=done)
                 if done < steps:
-                    state["optimizer"] = optimizer.state_dict()
+                    state |= dict(raw=net.state_dict(), optimizer=optimizer.state_dict())
                 write(path, state, images, mask, filled.detach().float())
     data.wait()  # no rank reads path before it is there
-    return net
+    return average
 
 
 def knn_accuracy(a, a_labels, b, b_labels, k=20):
@@ -273,7 +308,7 @@ def compare_with_pixels(net, train, train_labels, test, test_labels, device):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--dataset", default="cifar10", help="mnist, fashion, cifar10 or folder:PATH")
+    p.add_argument("--dataset", default="cifar10", help="as of train.py; latents:DIR: its crops")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=data.positive_int, help="image size, if not the set's own")
     p.add_argument(
@@ -286,10 +321,15 @@ def main():
     )
     p.add_argument("--steps", type=data.positive_int, default=1000)
     p.add_argument(
-        "--cls_share", type=data.share, default=0.7, help="last share, with the classifier"
+        "--cls_steps",
+        type=data.number(int, 0, 10**9),
+        default=0,
+        help="last steps, with the classifier; theirs: 3000",
     )
     p.add_argument("--batch", type=data.positive_int, default=128, help="images, of all ranks")
     p.add_argument("--lr", type=data.number(float, 0, 1e6), default=2e-3)
+    p.add_argument("--warmup", type=data.number(int, 0, 10**9), default=50, help="steps to --lr")
+    p.add_argument("--ema", type=data.share, default=0.9995)
     p.add_argument("--seed", type=data.seed, default=0)
     p.add_argument("--out", default="mae.pt", help="the encoder; goes on from it if it is there")
     p.add_argument("--device", type=data.device, default=data.default_device())
@@ -298,9 +338,22 @@ def main():
     data.start_ranks(args.device)
     with data.node_first():
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    if images.ndim == 5 and images.shape[1] > 2:
+        images = images[:, 2:]  # an image and its mirror image, then random crops
     flip = args.dataset not in ("digits", "mnist", "fashion") if args.flip is None else args.flip
     sampler = data.Sampler(images, labels, args.device, flip)
-    plan = ("width", "patch", "layers", "steps", "cls_share", "batch", "lr", "seed")
+    plan = (
+        "width",
+        "patch",
+        "layers",
+        "steps",
+        "cls_steps",
+        "batch",
+        "lr",
+        "warmup",
+        "ema",
+        "seed",
+    )
     plan = {name: getattr(args, name) for name in plan}
     net = train_mae(args.out, sampler, len(names), **plan)
     data.say(f"{args.out}, {Path(args.out).with_suffix('.png')}")

@@ -28,6 +28,7 @@ import torch
 
 import data
 import hub
+import latents
 from model import DiT
 
 
@@ -67,35 +68,6 @@ def parse(argv=None):
     if args.kind not in ("", ".png", ".npz"):
         p.error(f"--out {args.out}: name a .png for a grid, a .npz, or a folder with / at its end")
     return args
-
-
-def load_vae(name, latent_channels, device):
-    """An autoencoder of diffusers, for latents of so many channels. Raises ValueError."""
-    try:
-        from diffusers import AutoModel
-
-        vae = AutoModel.from_pretrained(name, low_cpu_mem_usage=False)  # True wants accelerate
-        if vae.config.latent_channels != latent_channels:
-            decodes = f"it decodes {vae.config.latent_channels} channels"
-            raise ValueError(f"{decodes}, the generator gives {latent_channels}")
-        return vae.to(device).eval()
-    except ImportError:
-        raise ValueError(
-            "--vae needs pip install diffusers; --out FILE.npz keeps latents"
-        ) from None
-    except Exception as error:  # hub, files, configurations: each raises its own
-        raise ValueError(
-            f"--vae {name} cannot decode this generator's latents ({data.one_line(error)})"
-        ) from None
-
-
-def decode(vae, latents):
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1].
-
-    The factor is the authors': 0.18215 for the SD-VAE, 1 for the tiny autoencoders made for it.
-    """
-    parts = (latents / vae.config.scaling_factor).split(8)  # a decoder is memory-hungry
-    return torch.cat([vae.decode(part).sample for part in parts])
 
 
 def save_nearest(images, labels, real, real_labels, generator, path):
@@ -139,7 +111,7 @@ def main(argv=None):
             raise ValueError(
                 f"the generator has not seen {args.nearest}: other channels or classes"
             )
-    vae = load_vae(args.vae, channels, args.device) if args.vae else None
+    vae = latents.load_vae(args.vae, args.device, channels) if args.vae else None
     wanted = torch.tensor(args.classes or range(classes))
     if not 0 <= wanted.min() <= wanted.max() < classes:
         raise ValueError(f"--classes are numbers from 0 to {classes - 1} for this checkpoint")
@@ -158,7 +130,7 @@ def main(argv=None):
         for part in labels.split(args.batch):
             batch = model.generate(part.to(args.device), args.cfg, generator)
             if vae:
-                batch = decode(vae, batch)
+                batch = latents.decode(vae, batch)
             batch = batch.cpu() if floats else data.to_uint8(batch).cpu()
             if kind == "":
                 for i, image in enumerate(batch):

@@ -18,7 +18,10 @@ The drift measured in the features of an encoder trained on the data and of a fo
 $ python train.py --dataset cifar10 --encoder mae,dinov2
 
 More samples than fit the memory at once; the gradient is the same
-$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128
+$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128 --label_batch 2
+
+The paper's ImageNet recipes, on what `python data.py encode` has written: see docs/imagenet.md
+$ torchrun --standalone --nproc_per_node=8 train.py --dataset imagenet-latent-ablation:latents
 
 Without labels, in one large group of samples
 $ python train.py --dataset cifar10 --unconditional
@@ -35,10 +38,12 @@ import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,10 +54,16 @@ import data
 import drift
 import features
 import fid
+import latents
 import mae
 from log import Log, commit
 from model import SIZES, DiT, DiTConfig, load_checkpoint
 
+IMAGENET = dict(dataset="latents", size=None, n_gen=64, n_pos=64, n_unc=32, warmup=10000)
+IMAGENET |= dict(decay=0.0, ema=0.999, iters=1, floor=1e-6, eval_every=5000)
+LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf://mae_latent_640")
+PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
+PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
 PRESETS = {  # what differs from the defaults of parse()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50),
     "mnist": dict(size=28, patch=7, pools=[2, 4], steps=2000),
@@ -66,6 +77,15 @@ PRESETS = {  # what differs from the defaults of parse()
     | dict(n_gen=64, n_pos=64, n_unc=0, alpha_max=1),
     "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
     "npz": dict(size=None, encoder="mae", steps=5000, ema=0.999),
+    "latents": dict(size=None, patch=2, encoder="mae", steps=5000, ema=0.999),
+    # the authors' own numbers, for a cluster
+    "imagenet-latent-ablation": LATENT
+    | dict(model="B", labels=64, n_unc=16, lr=2e-4, warmup=5000, steps=30000, alpha_one=0.0)
+    | dict(encoder="hf://mae_latent_256"),
+    "imagenet-latent-B": LATENT | dict(model="B", alpha_k=5.0, alpha_one=0.0, wd=0.0),
+    "imagenet-latent-L": LATENT | dict(model="L"),
+    "imagenet-pixel-B": PIXEL | dict(model="B", lr=2e-4),
+    "imagenet-pixel-L": PIXEL | dict(model="L", lr=4e-4),
 }
 FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
 N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
@@ -82,7 +102,9 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
     positive_int, number, share = data.positive_int, data.number, data.share
-    p.add_argument("--dataset", default="digits", help=f"{', '.join(PRESETS)}; the last two :PATH")
+    p.add_argument(
+        "--dataset", default="digits", help=f"{', '.join(PRESETS)}; from folder on :PATH"
+    )
     p.add_argument("--unconditional", action=yes_no, default=False, help="one class, one group")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=number(int, 2, 4096), default=8, help="image size in pixels")
@@ -112,6 +134,7 @@ def parse(argv=None):
         "--n_unc", type=number(int, 0, 10**6), default=8, help="of any class, for guidance"
     )
     p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
+    p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
     p.add_argument("--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS))
     p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
     p.add_argument("--floor", type=share, default=0.0, help="1e-6: the official one")
@@ -122,6 +145,7 @@ def parse(argv=None):
     p.add_argument("--log_every", type=positive_int, default=100)
     p.add_argument("--eval_every", type=positive_int, default=1000, help="and checkpoints")
     p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
+    p.add_argument("--vae", help="autoencoder that decodes latents for pictures, as of sample.py")
     p.add_argument("--out", default="out.pt", help="checkpoint; beside it the log, out.jsonl")
     p.add_argument("--wandb", help="project of Weights & Biases that gets the log, too")
     p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
@@ -136,7 +160,8 @@ def parse(argv=None):
         out = first.out if first.resume == "auto" else first.resume
         argv = [*as_flags(stored, known=vars(first)), "--out", out, *argv]
         first, _ = p.parse_known_args(argv)
-    preset = PRESETS.get(first.dataset.split(":")[0], {})
+    name, colon, path = first.dataset.partition(":")
+    preset = PRESETS.get(name, {})
     if not checkpoint:
         p.set_defaults(**preset)
         if first.unconditional or data.unlabelled(first.dataset):
@@ -144,7 +169,8 @@ def parse(argv=None):
             p.set_defaults(unconditional=True, labels=1, n_unc=0, **together)
     args = p.parse_args(argv)
     args.command = stored.get("command") if checkpoint else shlex.join(["train.py", *argv])
-    args.dataset = preset.get("dataset", args.dataset)
+    if "dataset" in preset:
+        args.dataset = preset["dataset"] + colon + path
     if not args.n_unc:
         args.alpha_max = 1.0  # no unconditional images, no guidance
     if args.model not in SIZES and not checkpoint:
@@ -251,6 +277,18 @@ def draw_batch(step, args, sampler, model, mine):
     return label[mine], alpha[mine], pos, unc, noise, style
 
 
+def one_ahead(draw, start, end, ahead):
+    """(step, draw(step)) of every step; if ahead, by a thread while the step before is computed, as
+    images come from a disk or the host's memory."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(draw, start) if ahead and start < end else None
+        for step in range(start, end):
+            batch = coming.result() if ahead else draw(step)
+            if ahead and step + 1 < end:
+                coming = thread.submit(draw, step + 1)
+            yield step, batch
+
+
 def generate(forward, part):
     """Images of a part of the batch, (noise, style, label, alpha)."""
     device = part[0].device
@@ -259,31 +297,35 @@ def generate(forward, part):
 
 
 @torch.no_grad()
-def encode_real(encode, pos, unc, size):
-    """Features of pos [l, P, C, H, W] and of unc [l, U, C, H, W], by parts of `size` at most."""
-    n, real = pos.shape[0] * pos.shape[1], torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
-    size = part_size(len(real), size)
-    missing = real.new_zeros(-len(real) % size, *real.shape[1:])  # one shape for the compiler
-    parts = [encode(part) for part in torch.cat([real, missing]).split(size)]
+def encode_all(encode, size, *sets):
+    """Features of several sets of images [l, n, C, H, W], a dictionary of each; by parts of `size`
+    at most."""
+    images = torch.cat([images.flatten(0, 1) for images in sets])
+    size = part_size(len(images), size)
+    missing = images.new_zeros(-len(images) % size, *images.shape[1:])  # one shape to compile
+    parts = [encode(part) for part in torch.cat([images, missing]).split(size)]
     f = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-    return {k: v[:n] for k, v in f.items()}, {k: v[n : len(real)] for k, v in f.items()}
+    counts = [images.shape[0] * images.shape[1] for images in sets]
+    cut = {name: v[: sum(counts)].split(counts) for name, v in f.items()}
+    return [{name: v[i] for name, v in cut.items()} for i in range(len(sets))]
 
 
-def images_gradient(x, pos, unc, alpha, encode, args, size):
+def images_gradient(x, pos, unc, alpha, encode, args, size, whole=(None, None)):
     """The gradient of the loss with respect to images x [l * N, C, H, W], and stats of the drift.
 
     The drift needs the features of all images, and is a constant then. So every part of x is
     encoded without gradient, for the drift, and again with it; of the last part, once is enough.
     """
     *parts, last = (part.requires_grad_() for part in x.split(size))
-    fp, fu = encode_real(encode, pos, unc, size)
+    fp, fu = encode_all(encode, size, pos, unc)
     with torch.no_grad():
         fx = [encode(part) for part in parts]
     f_last = encode(last)
     fx = {name: torch.cat([*(f.pop(name) for f in fx), f_last[name]]) for name in f_last}
     # The loss is about the same number in every step, because each field is normalised by its own
     # size. Whether training works shows in the raw drift, which comes near that of real images.
-    V, weight, stats = drift.features_drift(fx, fp, fu, alpha, args.taus, args.iters, args.floor)
+    field = args.taus, args.iters, args.floor
+    V, weight, stats = drift.features_drift(fx, fp, fu, alpha, *field, whole)
     del fx, fp, fu
     *V, V_last = V.split(size)
     dx_last = torch.autograd.grad(drift.regress(f_last, V_last, weight), last)
@@ -291,27 +333,52 @@ def images_gradient(x, pos, unc, alpha, encode, args, size):
     dx = []
     for part, v in zip(parts, V, strict=True):
         dx += torch.autograd.grad(drift.regress(encode(part), v, weight), part)
-    return [*dx, *dx_last], by_encoder(stats)
+    return torch.cat([*dx, *dx_last]), by_encoder(stats)
 
 
-def gradient(step, args, mine, sampler, model, forward, encode, size):
+def encode_labels(parts, encode, size):
+    """Features of every part (x, pos, unc, alpha) of the labels, for drift.sums_of_parts()."""
+    for *images, alpha in parts:
+        yield *encode_all(encode, size, *images), alpha
+
+
+def images_gradient_by_labels(x, pos, unc, alpha, encode, args, size, n):
+    """The same for n labels at a time, exactly: the features of no more have to be held.
+
+    They are computed for the mean distances, again for the mean drift, and again for the targets.
+    """
+    if n == len(alpha):
+        return images_gradient(x, pos, unc, alpha, encode, args, size)
+    sets = x.unflatten(0, (len(alpha), -1)), pos, unc, alpha
+    parts = list(zip(*(t.split(n) for t in sets), strict=True))
+    field = args.taus, args.iters, args.floor
+    whole = drift.sums_of_parts(partial(encode_labels, parts, encode, size), *field)
+    dx = []
+    for x_n, *rest in parts:
+        d, stats = images_gradient(x_n.flatten(0, 1), *rest, encode, args, size, whole)
+        dx.append(d / len(parts))  # the loss is a mean over groups
+    return torch.cat(dx), stats
+
+
+def gradient(batch, args, forward, encode, n, size):
     """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
 
-    size: samples of a part.
+    batch: of draw_batch(). n: labels of a part, size: samples of a part.
 
     The drift acts on images, so the step is cut there: images of all parts, the gradient of the
     loss with respect to them, and part by part that of the generator. The graph of the last part is
     kept from the start, so that with one part nothing is done twice.
     """
-    label, alpha, pos, unc, noise, style = draw_batch(step, args, sampler, model, mine)
+    label, alpha, pos, unc, noise, style = batch
     inputs = noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen)
     *parts, last = zip(*(t.split(size) for t in inputs), strict=True)
     with torch.no_grad():
         x = [generate(forward, part) for part in parts]
     x_last = generate(forward, last)
     x = torch.cat([*x, x_last.detach()])
-    dx, stats = images_gradient(x, pos, unc, alpha, encode, args, size)
-    x_last.backward(dx.pop())
+    dx, stats = images_gradient_by_labels(x, pos, unc, alpha, encode, args, size, n)
+    *dx, dx_last = dx.split(size)
+    x_last.backward(dx_last)
     for part, d in zip(parts, dx, strict=True):
         generate(forward, part).backward(d)
     return stats
@@ -367,24 +434,34 @@ def part_size(n, most):
     return math.ceil(n / math.ceil(n / max(1, most)))
 
 
-def choose_part(args, n, model, encode):
-    """Samples of a part: --micro_batch, or by the free memory of a GPU; elsewhere all n."""
-    if args.micro_batch or args.device.type != "cuda":
-        return part_size(n, args.micro_batch or n)
-    few = part_size(n, 16)
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    noise, style = model.draw(few, torch.Generator(args.device))
-    label, alpha = style[:, 0] % model.config.num_classes, torch.ones(few, device=args.device)
-    found = encode(generate(model, (noise, style, label, alpha)))
-    sum(f.float().sum() for f in found.values()).backward()
-    model.zero_grad(set_to_none=True)
-    activations = (torch.cuda.max_memory_allocated() - held) / few
-    numbers = sum(f[0].numel() for f in found.values())
-    # For all samples at once the drift holds a handful of numbers for each of their features.
-    drift_bytes = 4 * numbers * n * (6 + 2 * len(args.taus) + 2 * args.n_pos / args.n_gen)
-    free = 0.9 * torch.cuda.mem_get_info()[0] - drift_bytes - 2**32  # what comes and goes
-    return part_size(n, int(free / activations))
+def divisor(n, most):
+    """The largest divisor of n that is at most so large, and at least 1."""
+    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
+
+
+def choose_parts(args, labels, model, encode):
+    """Labels and samples of a part, of this rank's labels: --label_batch and --micro_batch, or by
+    the free memory of a GPU; elsewhere all."""
+    n, size = args.label_batch or labels, args.micro_batch or labels * args.n_gen
+    if args.device.type == "cuda":
+        few = part_size(labels * args.n_gen, 16)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        noise, style = model.draw(few, torch.Generator(args.device))
+        label, alpha = style[:, 0] % model.config.num_classes, torch.ones(few, device=args.device)
+        found = encode(generate(model, (noise, style, label, alpha)))
+        sum(f.float().sum() for f in found.values()).backward()
+        model.zero_grad(set_to_none=True)
+        activations = (torch.cuda.max_memory_allocated() - held) / few
+        numbers = sum(f[0].numel() for f in found.values())
+        # For all samples of a part the drift holds a handful of numbers for each of their features.
+        per_sample = 6 + 2 * len(args.taus) + 2 * (args.n_pos + args.n_unc) / args.n_gen
+        drift_bytes = 4 * numbers * args.n_gen * per_sample  # of a label
+        free = 0.9 * torch.cuda.mem_get_info()[0] - 2**32  # what comes and goes
+        n = divisor(labels, args.label_batch or int(0.8 * free / drift_bytes))
+        size = args.micro_batch or int((free - n * drift_bytes) / activations)
+    n = divisor(labels, n)  # equal parts, so that the mean of theirs is that of all
+    return n, part_size(n * args.n_gen, size)
 
 
 @contextmanager
@@ -396,7 +473,8 @@ def enough_memory(args, when):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         per_rank = args.labels // data.world_size()
-        how = f"give --micro_batch, now {args.micro_batch}, or lower --n_gen or --labels"
+        now = f"now {args.micro_batch} and {args.label_batch}"
+        how = f"give --micro_batch and --label_batch, {now}, or lower --n_gen or --labels"
         sys.exit(f"{when}: not enough memory for {per_rank} x {args.n_gen} samples: {how}")
 
 
@@ -467,6 +545,7 @@ class Scores:
         self.out = Path(args.out).with_name("samples.png")
         self.shown = images.shape[1] in (1, 3)
         self.best = {}
+        self.vae = None
         if args.fid_every:
             if args.floats:
                 raise ValueError(f"--fid_every needs images of 8 bits, {args.dataset} has others")
@@ -477,6 +556,10 @@ class Scores:
         some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
         self.real = data.to_float(images[some].to(args.device))
         self.labels = labels[some].to(args.device)
+        if args.vae:
+            self.vae = latents.load_vae(args.vae, args.device, images.shape[1])
+        elif not self.shown:
+            data.say(f"no pictures of {images.shape[1]} channels; --vae decodes latents for them")
         half = min(N_EVAL, n // 2)
         a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
         self.best = fid.scores(*a, *b)
@@ -504,9 +587,10 @@ class Scores:
         fake = torch.cat(batches).to(self.args.device)
         classes = ema.config.num_classes
         try:
-            if self.shown:
+            if self.shown or self.vae:
+                pictures = latents.decode(self.vae, fake[:100]) if self.vae else fake[:100]
                 columns = min(10, classes) if classes > 1 else 10
-                data.save_grid(data.to_uint8(fake[:100]), self.out, columns)
+                data.save_grid(data.to_uint8(pictures), self.out, columns)
         except OSError as error:  # no room for a picture is not the end of a run
             print(f"cannot write {self.out} ({error})", file=sys.stderr, flush=True)
         label = torch.arange(len(fake), device=self.args.device) % classes
@@ -558,6 +642,22 @@ def drift_text(stats, taus):
     return f"drift {drifts}  scale {scale:.3f}"
 
 
+def report(log, seen, stats, norm, speed, left, skipped, args):
+    """A line of the training, for people and for the log; speed in steps per second, left in s."""
+    images_per_s = speed * args.labels * args.n_gen
+    line = f"{seen['step']:6d}  {drift_text(stats, args.taus)}  grad {norm:.2f}"
+    line += f"  {images_per_s:,.0f} images/s  {timedelta(seconds=int(left))} left"
+    data.say(line + (f"  {skipped:.0f} steps skipped" if skipped else ""))
+    log.write(
+        **seen,
+        **drift_numbers(stats, args.taus),
+        grad_norm=norm.item(),
+        lr=learning_rate(seen["step"] - 1, args),
+        images_per_s=images_per_s,
+        memory_gb=peak_memory(args.device),
+    )
+
+
 def peak_memory(device):
     """GB that this process has held at most: on the GPU, else resident."""
     if device.type == "cuda":
@@ -580,6 +680,10 @@ def load_data(args, checkpoint):
         if initial:
             args.size, args.patch = initial.config.input_size, initial.config.patch_size
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    if args.vae and args.dataset.startswith("latents:"):
+        made_by = latents.load(args.dataset[8:])[3]["vae"]
+        if made_by != args.vae:
+            raise ValueError(f"{args.dataset} is of the autoencoder {made_by}, not {args.vae}")
     args.size, args.floats = images.shape[-1], images.is_floating_point()
     if args.unconditional:
         labels, names = torch.zeros_like(labels), ["all"]
@@ -616,7 +720,7 @@ def build_model(args, checkpoint, initial, channels, names):
 
 def build_encoder(args, sampler, num_classes):
     """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
-    _, channels, size, _ = sampler.images.shape
+    channels, size = sampler.images.shape[-3:-1]
     names = args.encoder.split(",")
     if "mae" in names:
         place = args.dataset.partition(":")[2] or args.dataset
@@ -629,9 +733,9 @@ def build_encoder(args, sampler, num_classes):
             data.say(
                 f"training an encoder first, {path}; python mae.py trains a better one, given time"
             )
-        # at least 14 locations across, and no classifier: see docs/cifar10.md
+        # at least 14 locations across: see docs/cifar10.md
         patch = max([k for k in range(1, size) if size % k == 0 and size // k >= 14], default=1)
-        mae.train_mae(path, sampler, num_classes, patch=patch, cls_share=0)
+        mae.train_mae(path, sampler, num_classes, patch=patch)
         names = [str(path) if name == "mae" else name for name in names]
     spec, device = ",".join(names), sampler.device
     with data.node_first():
@@ -681,12 +785,13 @@ def tidy(args, checkpoint):
             os.replace(out, f"{out}.damaged")
 
 
-def announce(args, images, names, params, size):
+def announce(args, images, names, params, n, size):
     data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
     data.say(f"{len(images):,} images of {len(names)} classes, {data.world_size()} x {args.device}")
     parameters = sum(p.numel() for p in params) / 1e6
     plan = f"{args.labels} x {args.n_gen} samples a step"
-    data.say(f"{parameters:.2f}M parameters, {plan}, {size} at a time on a rank")
+    parts = f"{n} labels and {size} samples at a time on a rank"
+    data.say(f"{parameters:.2f}M parameters, {plan}, {parts}")
 
 
 @torch.no_grad()
@@ -696,8 +801,7 @@ def real_drift(args, mine, sampler, encode, size):
     generator = torch.Generator(sampler.home).manual_seed(0)
     both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
     x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-    fp, fu = encode_real(encode, pos, unc, size)
-    fx, _ = encode_real(encode, x, x[:, :0], size)
+    fx, fp, fu = encode_all(encode, size, x, pos, unc)
     one = torch.ones(len(x), device=sampler.device)
     stats = drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
     return by_encoder(stats)
@@ -720,14 +824,14 @@ def main(argv=None):
 
     # What a user can get wrong is found here, before anything is written.
     images, labels, names, initial = load_data(args, checkpoint)
-    model = build_model(args, checkpoint, initial, images.shape[1], names).to(device)
+    model = build_model(args, checkpoint, initial, images.shape[-3], names).to(device)
     optimizer, ema = build_optimizer(args, checkpoint, model)
     start = checkpoint["step"] if checkpoint else 0
     tidy(args, checkpoint)
     log = start_log(args, start)
-    sampler = data.Sampler(images, labels, device, args.flip)
+    sampler = data.Sampler(data.views(images), labels, device, args.flip)
     encode = build_encoder(args, sampler, len(names))
-    scores = Scores(args, images, labels)
+    scores = Scores(args, images[:, 0] if images.ndim == 5 else images, labels)
     data.wait()  # the first rank may be at a reference of FID
     params, averages = list(model.parameters()), list(ema.parameters())
 
@@ -735,16 +839,17 @@ def main(argv=None):
     mine = slice(data.rank() * per_rank, (data.rank() + 1) * per_rank)  # this rank's labels
     forward, compiled = model, device.type == "cuda" if args.compile is None else args.compile
     with enough_memory(args, "before the first step"):
-        size = choose_part(args, per_rank * args.n_gen, model, encode)
+        n, size = choose_parts(args, per_rank, model, encode)
         if compiled:
             forward = torch.compile(model, dynamic=False)
             encode = torch.compile(encode, dynamic=False)
             # normalised_drift() looks it up by name; its groups are as many as locations
             drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
-        announce(args, images, names, params, size)
+        announce(args, images, names, params, n, size)
         real = {f"real_{name}": score for name, score in scores.best.items()}
         if sampler.fewest >= args.n_gen + args.n_pos:
-            stats = real_drift(args, mine, sampler, encode, size)
+            some = slice(mine.start, mine.start + n)  # as many labels as are held at a time
+            stats = real_drift(args, some, sampler, encode, size)
             data.say(f"  real  {drift_text(stats, args.taus)}")
             real |= drift_numbers(stats, args.taus, "real_")
         log.write(step=start, **real)
@@ -755,10 +860,11 @@ def main(argv=None):
     skipped = torch.zeros(3, device=device)
     unsaved = stopping = False
     stop.training = True
-    for step in range(start, end):
+    draw = partial(draw_batch, args=args, sampler=sampler, model=model, mine=mine)
+    for step, batch in one_ahead(draw, start, end, sampler.home != device):
         done = step + 1
         with enough_memory(args, f"step {done}"):
-            stats = gradient(step, args, mine, sampler, model, forward, encode, size)
+            stats = gradient(batch, args, forward, encode, n, size)
         norm, told = update(step, args, params, averages, optimizer, stop.signal)
         total = {name: total.get(name, 0) + row for name, row in stats.items()}
         skipped = count_skipped(skipped, norm)
@@ -777,19 +883,7 @@ def main(argv=None):
         if tell or stopping:
             stats = {name: row / (done - since) for name, row in total.items()}
             speed = (done - since) / (time.time() - then)  # steps per second
-            images_per_s = speed * args.labels * args.n_gen
-            left = timedelta(seconds=int((end - done) / speed))
-            line = f"{done:6d}  {drift_text(stats, args.taus)}  grad {norm:.2f}"
-            line += f"  {images_per_s:,.0f} images/s  {left} left"
-            data.say(line + (f"  {skipped[0]:.0f} steps skipped" if skipped[0] else ""))
-            log.write(
-                **seen,
-                **drift_numbers(stats, args.taus),
-                grad_norm=norm.item(),
-                lr=learning_rate(step, args),
-                images_per_s=images_per_s,
-                memory_gb=peak_memory(device),
-            )
+            report(log, seen, stats, norm, speed, (end - done) / speed, skipped[0], args)
             total, since, then = {}, done, time.time()
         if data.rank() == 0 and (full or stopping or (unsaved and tell)):
             unsaved = not save(done, args, names, model, ema, optimizer)

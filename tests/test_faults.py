@@ -1,5 +1,6 @@
 """What can go wrong: kills, full disks, killed ranks, no memory, NaN, damaged files, odd flags."""
 
+import json
 import math
 import os
 import shutil
@@ -14,6 +15,8 @@ from PIL import Image
 
 import data
 import fid
+import hub
+import log
 import mae
 import sample
 import train as training
@@ -22,6 +25,7 @@ from conftest import (
     QUICK,
     alone,
     fails,
+    needs,
     python,
     read,
     torchrun,
@@ -42,7 +46,7 @@ import model, train
 
 folder, plan = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)
-train.N_EVAL = 20
+train.N_EVAL, train.Log.draw = 20, lambda log: None
 save, rng, kills, writing, step, fast = torch.save, random.Random(0), 0, 0, 0, False
 
 def slow(state, file):
@@ -103,6 +107,11 @@ def test_kills(tmp_path):
     print(f"the last after step {step}", end="")
     assert kills >= 30 and writing >= 8 and step > 10
     assert torch.equal(weights(tmp_path / "killed.pt"), weights(tmp_path / "whole.pt"))
+    logs = []
+    for name in ("killed", "whole"):
+        lines = [line for line in log.read(tmp_path / f"{name}.jsonl") if "grad_norm" in line]
+        logs.append([(line["step"], line["scale"], line["grad_norm"]) for line in lines])
+    assert logs[0] == logs[1] and len(logs[0]) == 100
     expected = ["killed.ema.pt", "killed.prev.pt", "killed.pt"]
     expected += ["whole.ema.pt", "whole.prev.pt", "whole.pt"]
     assert sorted(path.name for path in tmp_path.glob("*.pt*")) == expected
@@ -145,12 +154,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 DISK = """
 import resource, sys
 import train
-first, last, gradient = int(sys.argv[1]), int(sys.argv[2]), train.gradient
-def full(step, *args):
+first, last, draw_batch = int(sys.argv[1]), int(sys.argv[2]), train.draw_batch
+def full(step, *args, **kwargs):
     room = 10**6 if first <= step + 1 <= last else resource.RLIM_INFINITY  # of 12 MB
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    return gradient(step, *args)
-train.gradient = full
+    return draw_batch(step, *args, **kwargs)
+train.draw_batch = full
 train.main(sys.argv[3:])
 """
 
@@ -198,12 +207,12 @@ def test_too_little_memory_is_one_line(tmp_path):
 SOAK = """
 import sys
 import train
-gradient, seen = train.gradient, []
-def watched(step, *args):
+draw_batch, seen = train.draw_batch, []
+def watched(step, *args, **kwargs):
     if step in (200, 1999):
         seen.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
-    return gradient(step, *args)
-train.gradient = watched
+    return draw_batch(step, *args, **kwargs)
+train.draw_batch = watched
 train.main(sys.argv[1:])
 print(*seen)
 """
@@ -222,15 +231,14 @@ def test_soak(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped(monkeypatch, tmp_path, capsys):
-    gradient, poison = training.gradient, set()
+    update, poison = training.update, set()
 
-    def poisoned(step, args, mine, sampler, model, *rest):
-        stats = gradient(step, args, mine, sampler, model, *rest)
+    def poisoned(step, args, params, *rest):
         if step + 1 in poison:
-            model.pos_embed.grad[0, 0, 0] = float("nan")
-        return stats
+            params[0].grad[0, 0, 0] = float("nan")
+        return update(step, args, params, *rest)
 
-    monkeypatch.setattr(training, "gradient", poisoned)
+    monkeypatch.setattr(training, "update", poisoned)
     monkeypatch.setattr(training, "N_EVAL", 20)
     plan = [*QUICK, "--steps", 8, "--ema", 0, "--warmup", 0, "--decay", 0]
     a, b = tmp_path / "a.pt", tmp_path / "b.pt"
@@ -331,12 +339,38 @@ def test_fuzzed_arrays(tmp_path):
     a = tmp_path / "a.npz"
     np.savez(a, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     assert survivors(lambda: fid.load_set(str(a), tmp_path), a, 60) < 60
+    np.savez(a, arr_0=np.zeros((5, 4, 2, 2)), labels=np.arange(5))
+    assert survivors(lambda: data.load(f"npz:{a}"), a, 90) < 60
     write_folder(tmp_path / "pets", 3)
     name, folder = f"folder:{tmp_path}/pets", tmp_path / "cache"
     data.load(name, folder, 8)
     [cache] = folder.iterdir()
     assert survivors(lambda: data.load(name, folder, 8), cache, 60) < 60
     assert list(folder.iterdir()) == [cache]
+
+
+def test_fuzzed_logs(monkeypatch, tmp_path):
+    """What is left of one is drawn and gone on with."""
+    needs("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+    a, first = tmp_path / "a.jsonl", dict(torch="2", run="ab", seed=0)
+    told = {"seconds": 1.5, "drift_0.2": 0.1, "fd": 2.0, "real_fd": 1.0, "copies": 0.0}
+    lines = [first, *(dict(step=i, images=8 * i, **told) for i in range(1, 9))]
+    a.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def go_on():
+        log.Log(a, first, 4, ["seed"])
+        log.draw([a], tmp_path / "a.png")
+
+    assert 0 < survivors(go_on, a, 30) < 30
+
+
+def test_fuzzed_exports(monkeypatch, tmp_path, checkpoint):
+    needs("safetensors")
+    monkeypatch.setattr(hub, "known_scores", lambda ckpt: {})
+    hub.export(checkpoint, tmp_path / "a")
+    for name in ("config.json", "model.safetensors"):
+        assert survivors(lambda: DiT.load(tmp_path / "a"), tmp_path / "a" / name, 90) < 60
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
@@ -364,7 +398,7 @@ def test_fuzzed_flags_are_one_line(monkeypatch, capsys):
             "alpha_one nan",
         ],
         "sample.py": ["n 0", "n 1e3", f"n {huge}", "cfg nan", "cfg inf", "seed -1", "batch -3"],
-        "mae.py": ["size 0", "width -3", f"steps {huge}", "lr nan", "cls_share 2", "seed 0x10"],
+        "mae.py": ["size 0", "width -3", f"steps {huge}", "lr nan", "cls_steps -1", "seed 0x10"],
         "fid.py": ["n 3", "size x", "cfg nan", f"batch {huge}", "seed -3", "network_size 1,5"],
         "bench.py": ["size -3", f"patch {huge}", "labels nan", "n_gen 1", "n_unc -1", "steps 0"],
         "drift.py": ["steps 0", "steps 2.5", "iters -3", "iters x", "floor nan", "floor 2"],

@@ -22,7 +22,7 @@ def test_train_mae_goes_on_and_refuses_another_plan(monkeypatch, tmp_path, capsy
     write_folder(tmp_path / "pets")
     plan = plan_of(tmp_path)
     run(monkeypatch, *plan, "--out", tmp_path / "whole.pt")
-    assert "mse of hidden pixels" in capsys.readouterr().out
+    assert "loss of what is hidden" in capsys.readouterr().out
     # three rows of a batch of eight, 16 pixels and a margin, four times as large
     assert Image.open(tmp_path / "whole.png").size == (8 * 72, 3 * 72)
 
@@ -74,18 +74,48 @@ def test_train_mae_learns_to_fill_in(tmp_path, capsys):
         patch=1,
         layers=(1, 1, 1, 1),
         steps=80,
-        cls_share=1,
+        cls_steps=80,
         batch=64,
     )
     lines = capsys.readouterr().out.splitlines()
-    mse = [float(line.split("pixels ")[1].split()[0]) for line in lines]
-    right = [int(line.split("classifier ")[1].split("%")[0]) for line in lines]
-    assert len(lines) == 2 and mse[1] < 0.5 * mse[0] and right[1] > right[0] + 20, lines
+    loss = [float(line.split("hidden ")[1].split()[0]) for line in lines]
+    right = int(lines[-1].split("classifier ")[1].split("%")[0])
+    assert len(lines) == 2 and loss[1] < 0.5 * loss[0] and right > 25, lines
     x = data.to_float(images[:10])
     mask = torch.zeros_like(x)
     mask[..., 4:6, 4:6] = 1
     other = x * (1 - mask) + mask * torch.randn_like(x)
     assert torch.equal(net(x, mask)[0], net(other, mask)[0])  # what is hidden is not seen
+
+
+def test_the_loss_is_summed_over_channels_and_a_mean_over_locations():
+    images, filled = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    mask = mae.draw_mask(2, 8, 2, torch.Generator().manual_seed(0))
+    expected = []
+    for x, y, m in zip(images, filled, mask, strict=True):
+        patches = (x - y).unfold(1, 2, 2).unfold(2, 2, 2)  # [3, 4, 4, 2, 2]: 12 channels officially
+        hidden = m[0, ::2, ::2] == 1
+        expected.append(patches.square().sum((0, 3, 4))[hidden].mean())
+    found = mae.reconstruction(filled, images, mask, 2)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_the_average_is_saved_and_goes_on(monkeypatch, tmp_path):
+    images, labels, _ = data.load("digits", size=16)
+    sampler = data.Sampler(images, labels, "cpu")
+    plan = dict(width=8, layers=(1, 1, 1, 1), batch=8, lr=1e-2)
+    fast = mae.train_mae(tmp_path / "a.pt", sampler, 10, steps=12, ema=0.0, **plan)
+    slow = mae.train_mae(tmp_path / "b.pt", sampler, 10, steps=12, ema=1.0, **plan)
+    a, b = (torch.cat([p.flatten() for p in net.parameters()]) for net in (fast, slow))
+    assert not torch.equal(a, b)  # the same training, of which one saves the last weights
+    first, _ = mae.load_mae(tmp_path / "a.pt")
+    assert all(map(torch.equal, first.parameters(), fast.parameters()))
+
+
+@pytest.mark.parametrize("width, groups", [(8, 1), (32, 4), (256, 32), (640, 32)])
+def test_groups_have_at_least_eight_channels(width, groups):
+    assert mae.group_norm(width, 8).num_groups == groups
+    assert mae.group_norm(width, 1).num_groups == min(width, 32)  # officially
 
 
 def test_masks_hide_half_in_whole_patches():
@@ -99,7 +129,7 @@ def test_masks_hide_half_in_whole_patches():
 
 def test_two_ranks_train_one_mae(monkeypatch, tmp_path):
     write_folder(tmp_path / "pets")
-    plan = [*plan_of(tmp_path), "--cls_share", "1", "--out"]
+    plan = [*plan_of(tmp_path), "--cls_steps", 6, "--out"]
     status, _, err = python(*torchrun(2), *plan, tmp_path / "two.pt")
     assert status == 0, err
     run(monkeypatch, *plan, tmp_path / "one.pt")

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import log
 import mae
 import train as training
 from conftest import (
@@ -54,8 +56,25 @@ def test_presets():
     assert (large.size, large.model, large.flip, large.micro_batch) == (32, "S", True, None)
     assert training.parse([])[0].size == 8
     assert training.parse(["--dataset", "folder:some/where"])[0].size == 64
-    known = {"digits", "mnist", "fashion", "cifar10", "cifar10-16", "folder"}
-    assert set(training.PRESETS) == known
+    known = {"digits", "mnist", "fashion", "cifar10", "cifar10-16", "folder", "npz"}
+    assert known <= set(training.PRESETS)
+
+
+def test_without_labels_there_is_one_group(tmp_path):
+    def plan(*args):
+        args, _ = training.parse([str(a) for a in args])
+        assert args.unconditional == (args.n_unc == 0) == (args.alpha_max == 1)
+        return args.labels, args.n_gen, args.n_pos
+
+    assert plan("--unconditional") == (1, 320, 320)
+    assert plan("--dataset", "fashion", "--unconditional", "--n_gen", 16) == (1, 16, 320)
+    folder, npz = f"folder:{write_folder(tmp_path / 'pets')}", f"npz:{tmp_path}/a.npz"
+    assert plan("--dataset", folder) == (10, 32, 32)
+    assert plan("--dataset", f"{folder}/cats") == (1, 320, 320)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8), labels=np.zeros(9, int))
+    assert plan("--dataset", npz) == (10, 32, 32)
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    assert plan("--dataset", npz) == (1, 320, 320)
 
 
 def save_arguments(args):
@@ -68,9 +87,11 @@ def save_arguments(args):
 @pytest.mark.parametrize("preset", training.PRESETS)
 def test_a_resumed_run_has_the_arguments_that_it_began_with(tmp_path, preset):
     """Whatever the preset of its data set says; and others on request."""
-    name = f"folder:{tmp_path}/a b" if preset == "folder" else preset
+    kind = training.PRESETS[preset].get("dataset", preset)
+    name = f"{preset}:{tmp_path}/a b" if kind in ("folder", "npz", "latents") else preset
     out, flags = tmp_path / "a.pt", ["--labels", "40", "--alpha_k", "-2.5", "--taus", "0.1", "1"]
     args, _ = training.parse(["--dataset", name, *flags, "--out", str(out), "--device", "cpu"])
+    args.size = args.size or 32  # as the data have it
     save_arguments(args)
     again, checkpoint = training.parse(["--resume", str(out)])
     assert checkpoint["step"] == 7 and training.to_store(again) == training.to_store(args)
@@ -240,6 +261,69 @@ def test_timm_in_training(tmp_path):
     assert read(tmp_path / "a.pt")["step"] == 2
 
 
+# Data without labels, data that are no pictures
+
+
+def test_training_without_labels(monkeypatch, tmp_path, capsys, stubs):
+    a, npz = tmp_path / "a.pt", tmp_path / "a.npz"
+    train(*QUICK, "--unconditional", "--steps", 4, "--out", a, "--stop_after", 2)
+    train("--resume", a)
+    assert "1,797 images of 1 classes" in capsys.readouterr().out
+    assert read(a)["step"] == 4 and read(a)["classes"] == ["all"]
+    assert Image.open(tmp_path / "samples.png").size == (10 * 70, 2 * 70)
+    draw = ["sample.py", "--ckpt", a, "--n", 20, "--out"]
+    run(monkeypatch, *draw, npz)
+    assert np.load(npz)["labels"].tolist() == [0] * 20
+    run(monkeypatch, *draw, tmp_path / "near.png", "--nearest", "digits")
+    assert Image.open(tmp_path / "near.png").size == (16 * 70, 6 * 70)
+    assert "0 to 0" in fails(monkeypatch, capsys, *draw, npz, "--classes", 1)
+    judge = ["fid.py", "--n", 20, "--inception", stubs / "original.pt", "--data_dir", tmp_path]
+    run(monkeypatch, *judge, "--ckpt", a, "--dataset", "digits")
+    run(monkeypatch, *judge, npz, "digits")
+    found = [line.split("FID-20 ")[1] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert found[0] == found[1]  # the same samples
+
+
+def test_training_on_images_in_one_folder(tmp_path):
+    cats = f"folder:{write_folder(tmp_path / 'pets')}/cats"
+    cats = [f"{cats}/more", "--size", 16, "--encoder", "pixels", "--data_dir", tmp_path / "data"]
+    train(*QUICK, "--n_pos", 4, "--dataset", *cats, "--steps", 1, "--out", tmp_path / "a.pt")
+    assert read(tmp_path / "a.pt")["config"]["num_classes"] == 1
+
+
+def test_training_on_floats(monkeypatch, tmp_path, capsys):
+    """Of five channels: their samples are floats, too, not clamped, and a data set again."""
+    small = functools.partial(mae.train_mae, width=4, layers=(1, 1, 1, 1), steps=2, batch=4)
+    monkeypatch.setattr(mae, "train_mae", small)
+    np.savez(tmp_path / "fields.npz", arr_0=3 * np.random.randn(40, 5, 8, 8))
+    plan = [*QUICK, "--data_dir", tmp_path, "--steps", 1, "--dataset", f"npz:{tmp_path}/fields.npz"]
+
+    def bad(*args):
+        return fails(monkeypatch, capsys, "train.py", *plan, "--out", tmp_path / "c.pt", *args)
+
+    assert "is for images of 1 or 3 channels, not 5" in bad("--encoder", "timm:test_vit")
+    assert "--fid_every needs images of 8 bits" in bad("--encoder", "pixels", "--fid_every", 1)
+    train(*plan, "--out", tmp_path / "a.pt")
+    train(*plan, "--out", tmp_path / "b.pt", "--resume", "auto", "--steps", 2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"mae_fields_8.pt", "a.pt", "b.pt"} <= names
+    assert not any(name.endswith(".png") for name in names)
+
+    saved = read(tmp_path / "a.pt")
+    saved["ema"]["final_proj.bias"] += 2
+    torch.save(saved, tmp_path / "a.pt")
+    draw = ["sample.py", "--ckpt", tmp_path / "a.pt", "--n", 20, "--out"]
+    assert "of 5 channels" in fails(monkeypatch, capsys, *draw, tmp_path / "s.png")
+    run(monkeypatch, *draw, tmp_path / "s.npz")
+    images, labels, _ = data.load(f"npz:{tmp_path}/s.npz")
+    net = DiT.load(tmp_path / "a.pt")[0].eval()
+    assert torch.equal(images, net.generate(labels, 1.0, torch.Generator().manual_seed(0)))
+    assert images.min() > 1 and images.shape == (20, 5, 8, 8)
+    again = ["--dataset", f"npz:{tmp_path}/s.npz", "--encoder", "pixels", "--labels", 1]
+    train(*plan, *again, "--out", tmp_path / "d.pt")
+    assert read(tmp_path / "d.pt")["config"]["in_channels"] == 5
+
+
 # Averages, parts, ranks
 
 
@@ -293,8 +377,8 @@ def test_micro_batches_give_the_same_gradient(
     whole = first_gradient(tmp_path / "whole.pt")
     assert whole.dtype == dtype and whole.norm() > 0
     for size in (16, 4, 13, 1):
-        train(*plan, tmp_path / "parts.pt", "--micro_batch", size)
-        assert relative(first_gradient(tmp_path / "parts.pt"), whole) < tolerance, size
+        train(*plan, tmp_path / f"{size}.pt", "--micro_batch", size)
+        assert relative(first_gradient(tmp_path / f"{size}.pt"), whole) < tolerance, size
 
 
 def test_micro_batches_hold_the_activations_of_one_part(tmp_path, checkpoint):
@@ -311,9 +395,9 @@ def test_micro_batches_hold_the_activations_of_one_part(tmp_path, checkpoint):
         held -= t.nbytes
         return t
 
-    plan = [*QUICK, "--init", checkpoint, "--steps", 1, "--n_gen", 32, "--out", tmp_path / "a.pt"]
+    plan = [*QUICK, "--init", checkpoint, "--steps", 1, "--n_gen", 32, "--out"]
     peaks = []
-    for extra in ([], ["--micro_batch", 32]):
+    for extra in ([tmp_path / "a.pt"], [tmp_path / "b.pt", "--micro_batch", 32]):
         held = most = 0
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             train(*plan, *extra)
@@ -325,7 +409,7 @@ def test_micro_batches_hold_the_activations_of_one_part(tmp_path, checkpoint):
 def test_any_number_of_ranks_takes_the_same_steps(tmp_path, dtype, tolerance):
     """1, 2 and 4 ranks end with the same weights after 5 steps, two of them in micro-batches."""
     (tmp_path / "typed.py").write_text(TYPED)
-    ends = {}
+    ends, logs = {}, {}
     for ranks, more in ((1, []), (2, ["--micro_batch", "9"]), (4, [])):
         out = str(tmp_path / f"{ranks}.pt")
         launch = torchrun(ranks) if ranks > 1 else []
@@ -335,6 +419,12 @@ def test_any_number_of_ranks_takes_the_same_steps(tmp_path, dtype, tolerance):
         assert status == 0, err
         assert f"{ranks} x cpu" in printed and "12 x 8 samples" in printed  # two labels come twice
         ends[ranks] = weights(out)
+        lines = log.read(tmp_path / f"{ranks}.jsonl")
+        logs[ranks] = [line for line in lines if "grad_norm" in line]
+        assert [line["images"] for line in logs[ranks]] == [96, 192, 288, 384, 480]
+        for one, line in zip(logs[1], logs[ranks], strict=True):  # of all ranks
+            for name in ("drift_0.2", "scale", "grad_norm"):
+                assert line[name] == pytest.approx(one[name], rel=1e-3), name
     off = [relative(ends[ranks], ends[1]) for ranks in (2, 4)]
     print(f"\n{dtype}: weights of 2 and 4 ranks against 1, relative: {off[0]:.1e}, {off[1]:.1e}")
     assert ends[1].dtype == getattr(torch, dtype) and max(off) < tolerance, off
@@ -401,13 +491,13 @@ def test_a_signal_before_the_first_step(tmp_path, sig, status):
 SLOW = """
 import sys, time
 import train
-gradient = train.gradient
-def slow(step, *args):
+draw_batch = train.draw_batch
+def slow(step, *args, **kwargs):
     if step == 1:
         print("it takes long", flush=True)
         time.sleep(300)
-    return gradient(step, *args)
-train.gradient = slow
+    return draw_batch(step, *args, **kwargs)
+train.draw_batch = slow
 train.main(sys.argv[1:])
 """
 
@@ -428,12 +518,12 @@ def test_a_second_signal_stops_at_once(tmp_path, sig, status):
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
-    code = "import os, signal, sys, train; gradient = train.gradient\n"
-    code += "def interrupted(step, *args):\n"
+    code = "import os, signal, sys, train; draw_batch = train.draw_batch\n"
+    code += "def interrupted(step, *args, **kwargs):\n"
     code += "    if step == 2 and os.environ['RANK'] == '1':\n"
     code += "        os.kill(os.getpid(), signal.SIGTERM)\n"
-    code += "    return gradient(step, *args)\n"
-    code += "train.gradient = interrupted\n"
+    code += "    return draw_batch(step, *args, **kwargs)\n"
+    code += "train.draw_batch = interrupted\n"
     code += "train.main(sys.argv[1:])\n"
     (tmp_path / "interrupted.py").write_text(code)
     plan = [*QUICK, "--steps", 50, "--out", tmp_path / "a.pt"]
@@ -469,15 +559,15 @@ def test_streams_are_separate(monkeypatch, tmp_path):
     watch(data.Sampler)
     watch(DiT)
 
-    def drawn(*change):
+    def drawn(name, *change):
         seen.clear()
-        train(*QUICK, "--steps", 2, "--out", tmp_path / "c.pt", *change)
+        train(*QUICK, "--steps", 2, "--out", tmp_path / f"{name}.pt", *change)
         return list(seen)
 
-    first = drawn()
+    first = drawn("first")
     changes = dict(alpha_max=2, alpha_k=1, alpha_one=0.9, taus=0.1, lr=0.1, seed=1)
     for flag, value in changes.items():
-        other = drawn(f"--{flag}", value)
+        other = drawn(flag, f"--{flag}", value)
         same = len(other) == len(first) and all(map(torch.equal, other, first))
         assert same == (flag != "seed"), flag
 
