@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
 ARTIFACT = ASSETS / "artifact_gen" / "params_ema"  # written by the official code, random weights
 QUICK = ["--log_every", "1", "--device", "cpu", "--n_gen", "8", "--n_pos", "8", "--n_unc", "4"]
+QUICK += ["--muon", "0"]
 
 
 def pytest_addoption(parser):

@@ -10,13 +10,14 @@ Data sets as arrays, the sampler that draws the real images of a step, and image
                   or float arr_0 [N, C, H, W], taken as it is: latents, spectrograms, fields
     latents:DIR   what `python data.py encode` has made of any of these: see latents.py
 
-At the end: what all scripts need to be typed at.
+At the end: types of arguments, errors and ranks, which all scripts share.
 """
 
 import argparse
 import codecs
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import sys
@@ -90,6 +91,8 @@ def load(name, data_dir="data", size=None, split="train"):
         known = "digits, mnist, fashion, cifar10, folder:PATH, npz:FILE or latents:DIR"
         raise ValueError(f"unknown data set {name!r}: choose {known}")
     N, _, H, W = images.shape
+    if H != W and name.startswith("npz:"):
+        raise ValueError(f"{name} holds images of {W} x {H}, and this code wants square ones")
     if not N or labels.shape != (N,) or labels.min() < 0 or labels.max() >= len(names) or H != W:
         found = f"{N} images of {W} x {H} and {len(labels)} labels of {len(names)} classes"
         raise ValueError(f"{name} in {data_dir} holds {found}, which do not fit: delete it")
@@ -240,10 +243,10 @@ def load_npz(path):
         if labels.max() >= len(labels):
             raise ValueError(f"a label is {labels.max()}, more than there are images")
         if kind == "f":
-            images = images.astype(np.float32)
             most = np.abs(images).max()
             if not most <= 100:  # NaN is not
                 raise ValueError(f"floats up to {most:g}: scale them to about 1")
+            images = images.astype(np.float32)
         else:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     except Exception as error:  # what numpy raises for a damaged file has no type in common
@@ -259,9 +262,7 @@ def unlabelled(name):
             with np.load(path) as file:
                 return "labels" not in file.files
         if kind == "latents":
-            import latents
-
-            return len(latents.load(path)[2]) == 1
+            return len(json.loads((Path(path) / "classes.json").read_text())["classes"]) == 1
     return kind == "folder" and len(image_files(Path(path), "*")) > 0
 
 

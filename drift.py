@@ -147,7 +147,7 @@ def normalised_drift(
     targets: an iterator, for each shape over a tensor y [F, G, T, C] of F features in G groups: the
     n_gen samples themselves, then unconditional images, then the n_pos positives. w [L, T]: their
     weights, for L labels of G / L groups each. If these labels are a part of the step only,
-    whole_means and whole_drift are what sums_of_parts() has found for all.
+    whole_means [features + 1] and whole_drift [features, taus] are sums_of_parts() of all.
 
     -> V [F, G, n_gen, C] for each shape, to be added to the samples; and, all features in one row,
     scale [features], their weighted mean distance (of a sample to itself, too); s [features], which
@@ -207,6 +207,8 @@ def drift_loss(
     With another axis F in front of x and every y, these are F features of one shape, whose losses
     are added. -> loss, and stats: `scale`, the mean distance, and `drift` [len(taus)], the mean
     square of each raw field in features of mean distance sqrt(C); [F] and [F, len(taus)] with F.
+
+    In a job of torch.distributed all ranks call it together, each with its share of the groups.
 
     **Watch stats["drift"], not the loss**: every field is divided by its own root mean square, so
     that the loss is about the same number from the first step to the last.

@@ -161,7 +161,7 @@ class ConvNeXtV2(Timm):
     """
 
     def features(self, images):
-        """{name: [B, l, C]}, by the official names (the first four letters are theirs, too)."""
+        """{name: [B, l, C]}, by the official names, which misspell it."""
         size = (self.size, self.size)
         x = F.interpolate(images.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True)
         x = self.net.stem(x)
@@ -178,6 +178,7 @@ class ConvNeXtV2(Timm):
             )
             feats[f"convenxt_stage_{i}_mean"] = mean
             feats[f"convenxt_stage_{i}_std"] = std
+        # The last std counts twice, officially.
         pooled = self.net.head.norm(x.mean((2, 3), keepdim=True))
         return feats | {"global_mean": pooled.flatten(2).mT, "global_std": std}
 
@@ -194,7 +195,7 @@ def build(name, channels, size, input_size):
         if channels not in (1, 3):
             raise ValueError(f"{name} is for images of 1 or 3 channels, not {channels}")
         model, own_size = ALIASES.get(model, (model.removeprefix("timm:"), None))
-        kind = ConvNeXtV2 if model.startswith("convnextv2") else Timm
+        kind = ConvNeXtV2 if name.startswith("convnextv2") else Timm
         return kind(model, input_size or own_size, file)
     if name.endswith(".pt"):
         net, _ = load_mae(name)

@@ -303,6 +303,7 @@ def load_set(name, data_dir, size=None):
     if not Path(name).is_dir():
         split = "test" if name.endswith(":test") else "train"
         images = data.load(name.removesuffix(":test"), data_dir, size, split)[0]
+        images = images[:, 0] if images.ndim == 5 else images  # the first view is the image
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
             raise ValueError(f"{name} has {images.dtype} {list(images.shape)}, and no pictures")
         return images
@@ -396,6 +397,9 @@ def main():
         channels = model.config.in_channels
         if args.vae:
             vae = latents.load_vae(args.vae, args.device, channels)
+            side = model.config.input_size
+            one = torch.zeros(1, channels, side, side, device=args.device)
+            size = latents.decode(vae, one).shape[-1]
         elif channels not in (1, 3):
             raise ValueError(f"{args.ckpt} gives latents, which --vae decodes")
         else:

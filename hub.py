@@ -22,7 +22,6 @@ import torch
 
 import data
 import log
-from fid import score_text
 from model import DiT, DiTConfig, load_checkpoint
 
 WEIGHTS, CONFIG, CARD, GRID = "model.safetensors", "config.json", "README.md", "samples.png"
@@ -43,21 +42,22 @@ def export(ckpt, folder):
     if not str(ckpt).endswith(".pt"):
         raise ValueError(f"--export is for a checkpoint of train.py, which {ckpt} is not")
     model, args = DiT.load(ckpt)
-    names = load_checkpoint(ckpt)["classes"]
+    names, scores = load_checkpoint(ckpt)["classes"], known_scores(ckpt)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    package.save_file(weights, folder / WEIGHTS)
+    with data.whole(folder / WEIGHTS) as file:  # save_file() has errors of its own
+        file.write(package.save(weights))
     config = {"model": vars(model.config), "classes": names, "args": args}
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
     n = len(names)
-    label = torch.arange(100) % n if n < 100 else torch.randperm(n)[:100].sort().values
+    label = torch.arange(100) % n if n < 100 else torch.linspace(0, n - 1, 100).long()
     pictures = model.config.in_channels in (1, 3)
     if pictures:
         images = data.to_uint8(model.eval().generate(label, 1.0, torch.Generator().manual_seed(0)))
         data.save_grid(images, folder / GRID, min(n, 10) if n > 1 else 10)
-    (folder / CARD).write_text(card(model, args, names, known_scores(ckpt), pictures))
+    (folder / CARD).write_text(card(model, args, names, scores, pictures))
 
 
 def known_scores(ckpt):
@@ -86,6 +86,8 @@ def card(model, args, names, scores, pictures):
         f"- drift measured in: {args.get('encoder')}",
     ]
     if scores:
+        from fid import score_text  # here: to sample needs no encoder
+
         text = score_text(scores)
         lines += [f"- after {scores['images']:,} generated images, by pixels: {text}"]
     else:
@@ -109,7 +111,7 @@ def load(source):
             raise ValueError(f"{source} has no {file}, as sample.py --export writes it")
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        state = package.load_file(folder / WEIGHTS)
+        state = {k: v.float() for k, v in package.load_file(folder / WEIGHTS).items()}
         shape = DiTConfig(**config["model"])
         if shape.depth > len(state):
             raise ValueError(f"{shape.depth} blocks, and weights of {len(state)} parameters")
@@ -117,7 +119,8 @@ def load(source):
             net = DiT(shape)
         net.load_state_dict(state, assign=True)
         net.add_rope()  # not in the file
-        return net, dict(config["args"])
+        args = config["args"]
+        return net, args | {"alpha_max": float(args["alpha_max"])}  # sample.py compares it
     except Exception as error:  # files of unknown origin can hold anything
         what = "is damaged, or no generator of this code"
         raise ValueError(f"{source} {what} ({data.one_line(error)})") from None

@@ -301,7 +301,7 @@ def load(folder):
             raise ValueError(f"labels.npy is {labels.dtype} {labels.shape} for {N} images")
         if labels.min() < 0 or labels.max() >= len(info["classes"]):
             raise ValueError(f"labels.npy has others than those of {len(info['classes'])} classes")
-        if not np.isfinite(latents[:1000]).all():
+        if info["vae"] and not np.isfinite(latents[:1000]).all():
             raise ValueError("latents.npy has numbers that are not finite")
     except Exception as error:  # what numpy raises for a damaged file has no type in common
         raise ValueError(f"{folder} is damaged ({data.one_line(error)})") from None

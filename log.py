@@ -10,6 +10,7 @@ Several runs in one picture, log.png
 $ python log.py out.jsonl other.jsonl
 """
 
+import argparse
 import json
 import math
 import os
@@ -51,7 +52,7 @@ def read(path):
             lines.append(dict(json.loads(line)))
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass  # cut short, or not of us: see below
     if not lines or "torch" not in lines[0]:
         raise ValueError(f"{path} is no log of train.py")
@@ -63,7 +64,8 @@ class Log:
 
     first: what the first line says. step: of the checkpoint that the run goes on from, 0 if it is
     new; what the log says of later steps is cut off. same: names in `first` by which the run knows
-    its own log. project: of Weights & Biases, too. Raises ValueError for the log of another run.
+    its own log. project: of Weights & Biases, which keeps what it was sent first of a step. Raises
+    ValueError for the log of another run. The file is not touched before there is something to say.
     """
 
     def __init__(self, path, first, step, same, project=None):
@@ -73,23 +75,21 @@ class Log:
         if data.rank() > 0:
             return
         lines = read(self.path)
-        for name in same if lines else ():
+        begun = any("images" in line for line in lines[1:])  # else a run that did not make a step
+        for name in same if begun else ():
             if lines[0].get(name) != first[name]:
                 differs = f"{name} {lines[0].get(name)}, not {first[name]}"
                 how = "name another --out, or move it away"
                 raise ValueError(f"{self.path} is the log of another run, with {differs}: {how}")
-        kept = []
+        self.kept = []
         for line in lines if step else ():
             if line.get("step", 0) > step:
                 break
-            kept.append(line)
+            self.kept.append(line)
             self.seconds = line.get("seconds", self.seconds)
-        kept = kept or [first]
+        self.kept = self.kept or [first]
         if project:
-            self.wandb = start_wandb(project, kept[0])
-        with data.whole(self.path) as file:
-            for line in kept:
-                file.write(json.dumps(line).encode() + b"\n")
+            self.wandb = start_wandb(project, self.kept[0])
 
     def write(self, **numbers):
         """Adds a line. Without room on the disk it is left out, and said so."""
@@ -102,19 +102,29 @@ class Log:
                 numbers[name] = float(f"{number:.6g}") if math.isfinite(number) else None
         if self.wandb:
             self.wandb.log(numbers, step=numbers["step"])
+        size = None
         try:
+            if self.kept:
+                with data.whole(self.path) as file:
+                    for line in self.kept:
+                        file.write(json.dumps(line).encode() + b"\n")
+                self.kept = []
             with open(self.path, "ab") as file:
                 size = file.tell()
                 file.write(json.dumps(numbers).encode() + b"\n")
         except OSError as error:
             print(f"cannot write {self.path} ({error})", file=sys.stderr, flush=True)
-            with suppress(OSError, UnboundLocalError):
-                os.truncate(self.path, size)  # no half a line
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half a line
 
     def draw(self):
         """The curves so far, beside the log."""
         if data.rank() == 0:
-            draw([self.path], self.path.with_suffix(".png"))
+            try:
+                draw([self.path], self.path.with_suffix(".png"))
+            except ValueError as error:  # somebody has changed it
+                print(error, file=sys.stderr, flush=True)
 
 
 def start_wandb(project, first):
@@ -144,15 +154,14 @@ def draw(paths, out):
     for axes, (title, starts) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for path in paths:
             lines = read(path)[1:]
-            names = {
-                name: None for line in lines for name in line if name.startswith(tuple(starts))
-            }
-            for name in names:
-                points = [(line["images"], line[name]) for line in lines if name in line]
-                label = name if len(paths) == 1 else f"{Path(path).stem} {name}"
+            seen = [line for line in lines if "images" in line]
+            names = dict.fromkeys(name for line in seen for name in line)
+            for name in (name for name in names if name.startswith(tuple(starts))):
+                points = [(line["images"], line[name]) for line in seen if name in line]
+                label = name if len(paths) == 1 else f"{path} {name}"
                 images, values = zip(*points, strict=True)
                 [curve] = axes.plot(images, values, label=label)
-                for real in [line["real_" + name] for line in lines if "real_" + name in line]:
+                for real in {line.get("real_" + name) for line in lines} - {None}:
                     axes.axhline(real, color=curve.get_color(), linestyle="--", linewidth=0.8)
         axes.set(title=title, xlabel="generated images")
         if "share" not in title and "second" not in title:
@@ -169,13 +178,15 @@ def draw(paths, out):
 
 
 def main():
-    paths = sys.argv[1:]
-    for path in paths:
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("logs", nargs="+", help="out.jsonl of train.py")
+    p.add_argument("--out", default="log.png", help="picture")
+    args = p.parse_args()
+    for path in args.logs:
         if not Path(path).exists():
             raise ValueError(f"there is no log {path}: train.py writes one")
-    if not paths:
-        raise ValueError("name the logs to draw, such as out.jsonl")
-    draw(paths, "log.png")
+    draw(args.logs, args.out)
 
 
 if __name__ == "__main__":

@@ -221,9 +221,12 @@ def train_mae(
     if path.exists():
         average, checkpoint = load_mae(path)
         start, old = checkpoint.get("step", steps), checkpoint.get("plan", {})
+        if not cls_steps:
+            old = old | {"num_classes": num_classes}  # of which it has not been told
         other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
         if other:
-            raise ValueError(f"{path} was trained with {', '.join(other)}: name another file")
+            how = "name another file, or delete it"
+            raise ValueError(f"{path} was trained with {', '.join(other)}: {how}")
     average = average.to(device).requires_grad_(False)
     if start == steps:
         return average
@@ -340,7 +343,8 @@ def main():
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
     if images.ndim == 5 and images.shape[1] > 2:
         images = images[:, 2:]  # an image and its mirror image, then random crops
-    flip = args.dataset not in ("digits", "mnist", "fashion") if args.flip is None else args.flip
+    photos = images.dtype == torch.uint8 and args.dataset not in ("digits", "mnist", "fashion")
+    flip = photos if args.flip is None else args.flip
     sampler = data.Sampler(images, labels, args.device, flip)
     plan = (
         "width",

@@ -87,14 +87,14 @@ def save_nearest(images, labels, real, real_labels, generator, path):
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
-    out, kind = Path(args.out), args.kind
-    model, trained = DiT.load(args.ckpt)
-    model.eval().to(args.device)
-    channels, classes = model.config.in_channels, model.config.num_classes
     if args.export:
         hub.export(args.ckpt, args.export)
         print(f"{args.export}: to upload as it is, such as by hf upload USER/NAME {args.export}")
         return
+    out, kind = Path(args.out), args.kind
+    model, trained = DiT.load(args.ckpt)
+    model.eval().to(args.device)
+    channels, classes = model.config.in_channels, model.config.num_classes
     latent = channels not in (1, 3)
     if latent and not args.vae and kind != ".npz":
         how = "--vae stabilityai/sd-vae-ft-mse decodes the authors', --out FILE.npz keeps them"
@@ -105,6 +105,7 @@ def main(argv=None):
         if latent or args.vae or kind != ".png":
             raise ValueError("--nearest is for a grid, --out grid.png, of a generator of pixels")
         real, real_labels, _ = data.load(args.nearest, args.data_dir, model.config.input_size)
+        real = data.to_uint8(real[:, 0] if real.ndim == 5 else real)  # the first view is the image
         if classes == 1:
             real_labels = torch.zeros_like(real_labels)
         if real.shape[1] != channels or real_labels.max() >= classes:

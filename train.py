@@ -58,6 +58,7 @@ import latents
 import mae
 from log import Log, commit
 from model import SIZES, DiT, DiTConfig, load_checkpoint
+from muon import Muon
 
 IMAGENET = dict(dataset="latents", size=None, n_gen=64, n_pos=64, n_unc=32, warmup=10000)
 IMAGENET |= dict(decay=0.0, ema=0.999, iters=1, floor=1e-6, eval_every=5000)
@@ -65,7 +66,8 @@ LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf
 PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
 PRESETS = {  # what differs from the defaults of parse()
-    "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50),
+    "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
+    | dict(muon=0.02, n_pos=128, alpha_one=0.8),
     "mnist": dict(size=28, patch=7, pools=[2, 4], steps=2000),
     "fashion": dict(size=28, patch=7, pools=[2, 4], steps=2000),
     # two CPU cores, for twenty minutes
@@ -103,7 +105,9 @@ def parse(argv=None):
     yes_no = argparse.BooleanOptionalAction
     positive_int, number, share = data.positive_int, data.number, data.share
     p.add_argument(
-        "--dataset", default="digits", help=f"{', '.join(PRESETS)}; from folder on :PATH"
+        "--dataset",
+        default="digits",
+        help=f"{', '.join(PRESETS)}; all but the first five with :PATH",
     )
     p.add_argument("--unconditional", action=yes_no, default=False, help="one class, one group")
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
@@ -115,8 +119,11 @@ def parse(argv=None):
     p.add_argument("--init", help="generator to start from, as of sample.py")
     p.add_argument("--model", default="tiny", help=", ".join(SIZES))
     p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
-    p.add_argument("--steps", type=positive_int, default=600, help="planned, by the schedule")
-    p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3)
+    p.add_argument("--steps", type=positive_int, default=600, help="in all, resumed ones included")
+    p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3, help="learning rate")
+    p.add_argument(
+        "--muon", type=number(float, 0, 1e6), default=0.0, help="its rate, for the blocks' matrices"
+    )
     p.add_argument(
         "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
     )
@@ -124,7 +131,7 @@ def parse(argv=None):
     p.add_argument(
         "--wd", type=number(float, 0, 1e6), default=0.01, help="weight decay, of all parameters"
     )
-    p.add_argument("--ema", type=share, default=0.99)
+    p.add_argument("--ema", type=share, default=0.99, help="decay of the average of the weights")
     p.add_argument(
         "--labels", type=number(int, 1, 10**5), default=10, help="of a step, on all ranks"
     )
@@ -135,15 +142,21 @@ def parse(argv=None):
     )
     p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
     p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
-    p.add_argument("--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS))
+    p.add_argument(
+        "--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS), help="widths"
+    )
     p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
     p.add_argument("--floor", type=share, default=0.0, help="1e-6: the official one")
     p.add_argument("--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance up to")
-    p.add_argument("--alpha_k", type=number(float, -10, 10), default=3.0, help="as alpha^-k")
+    p.add_argument(
+        "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density falls as alpha^-k"
+    )
     p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels at alpha 1")
     p.add_argument("--compile", action=yes_no, help="if not given: on CUDA")
-    p.add_argument("--log_every", type=positive_int, default=100)
-    p.add_argument("--eval_every", type=positive_int, default=1000, help="and checkpoints")
+    p.add_argument("--log_every", type=positive_int, default=100, help="steps")
+    p.add_argument(
+        "--eval_every", type=positive_int, default=1000, help="steps to scores and files"
+    )
     p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
     p.add_argument("--vae", help="autoencoder that decodes latents for pictures, as of sample.py")
     p.add_argument("--out", default="out.pt", help="checkpoint; beside it the log, out.jsonl")
@@ -384,22 +397,23 @@ def gradient(batch, args, forward, encode, n, size):
     return stats
 
 
-def learning_rate(step, args):
-    """Linear warm-up, constant, linear decay to zero over the last share of steps; step from 0."""
+def schedule(step, args):
+    """Share of the full rate: linear warm-up, constant, linear decay to zero; step from 0."""
     warmup = (step + 1) / max(args.warmup, 1)
     decay = (args.steps - step) / (args.decay * args.steps) if args.decay else 1
-    return args.lr * min(1, warmup, decay)
+    return min(1, warmup, decay)
 
 
-def update(step, args, params, averages, optimizer, stop):
+def update(step, args, params, averages, optimizers, stop):
     """One step of the optimiser and of the average of the weights.
 
     -> the norm of the gradient, and whether any rank has been told to stop. A gradient that is not
     finite leaves the weights as they are: the fused optimiser honours found_inf, as in mixed
     precision, so that nobody has to ask the GPU first.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+    for optimizer, lr in zip(optimizers, (args.lr, args.muon), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, args)
     if data.world_size() > 1:  # their shares of the labels are equal: the mean is that of all
         grads = [p.grad for p in params]
         told = torch.full_like(grads[0].flatten()[:1], bool(stop))
@@ -408,12 +422,13 @@ def update(step, args, params, averages, optimizer, stop):
         vector_to_parameters(flat[:-1] / data.world_size(), grads)
         stop = flat[-1]
     norm = clip_grad_norm_(params, 2.0)
-    if args.device.type in ("cpu", "cuda"):
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-    elif norm.isfinite():  # elsewhere found_inf is ignored
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        if args.device.type in ("cpu", "cuda"):
+            optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
+        elif norm.isfinite():  # elsewhere found_inf is ignored
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         torch._foreach_lerp_(averages, params, 1 - args.ema)  # no bias correction, as the authors
     return norm, stop
@@ -502,7 +517,7 @@ def light(out):
     return out.with_name(f"{out.stem}.ema{out.suffix}")
 
 
-def save(step, args, names, model, ema, optimizer):
+def save(step, args, names, model, ema, optimizers):
     """Writes the checkpoint and keeps the one before it.
 
     If that fails: a line, and False; the old one is still there.
@@ -510,7 +525,8 @@ def save(step, args, names, model, ema, optimizer):
     out = Path(args.out)
     common = {"args": to_store(args), "config": asdict(model.config), "classes": names}
     full = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
-    full["optimizer"] = optimizer.state_dict()
+    full["optimizer"], *muon = [optimizer.state_dict() for optimizer in optimizers]
+    full["muon"] = muon  # none or one
     half = {"ema": {name: value.half() for name, value in ema.state_dict().items()}}
     try:
         if out.exists():
@@ -602,12 +618,14 @@ class Scores:
 
     def print_fid(self, step, ema):
         """The same by the Inception network."""
-        found = [fid.extract([x], N_FID, self.inception) for x in self.samples(ema, N_FID)]
-        found = data.gather(found)
+        n = N_FID // data.world_size()
+        f, p = fid.extract(self.samples(ema, N_FID), n, self.inception)
+        parts = f.split(250), f.split(250) if p is None else p.split(250)
+        found = data.gather(list(zip(*parts, strict=True)))
         if data.rank() > 0:
             return {}
         f, p = zip(*found, strict=True)
-        p = None if p[0] is None else torch.cat(p)
+        p = torch.cat(p) if self.inception.original else None
         score = fid.compare(torch.cat(f), p, self.inception, self.reference)
         data.say(f"{step:6d}  {fid.text(score)}")
         return score
@@ -652,7 +670,7 @@ def report(log, seen, stats, norm, speed, left, skipped, args):
         **seen,
         **drift_numbers(stats, args.taus),
         grad_norm=norm.item(),
-        lr=learning_rate(seen["step"] - 1, args),
+        lr=args.lr * schedule(seen["step"] - 1, args),
         images_per_s=images_per_s,
         memory_gb=peak_memory(args.device),
     )
@@ -746,29 +764,39 @@ def build_encoder(args, sampler, num_classes):
     return encode
 
 
-def build_optimizer(args, checkpoint, model):
-    """The optimiser, and the average of the weights."""
+def build_optimizers(args, checkpoint, model):
+    """AdamW, and Muon for the matrices of the blocks if --muon says so; the average of the
+    weights."""
     ema = deepcopy(model).requires_grad_(False)
-    betas, params = (0.9, 0.95), model.parameters()
-    optimizer = torch.optim.AdamW(params, args.lr, betas, weight_decay=args.wd, fused=True)
+    matrices = []
+    if args.muon:
+        named = model.blocks.named_parameters()
+        matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name]
+    chosen = set(matrices)
+    rest = [p for p in model.parameters() if p not in chosen]
+    optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), weight_decay=args.wd, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, args.muon, weight_decay=args.wd))
     if checkpoint:
         try:
             ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            states = [checkpoint["optimizer"], *checkpoint.get("muon", [])]
+            for optimizer, state in zip(optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
         except Exception as error:  # of a file that train.py has not written
             wrong = f"{args.resume} ({type(error).__name__})"
             raise ValueError(f"cannot resume from {wrong}: it does not fit itself") from None
-    return optimizer, ema
+    return optimizers, ema
 
 
 def start_log(args, start):
-    """The log beside --out. It must be this run's own: of the same arguments, or, if the run goes
-    on from a checkpoint, of what a resumed run keeps."""
+    """The log beside --out. It must be this run's own: of the same arguments or, with --resume, of
+    those that a resumed run keeps."""
     stored = to_store(args)
-    same = [*FIXED, "seed"] if start else [k for k in stored if k not in ("command", "wandb")]
+    own = [*FIXED, "seed"] if args.resume else [k for k in stored if k not in ("command", "wandb")]
     first = dict(run=os.urandom(4).hex(), torch=torch.__version__, device=str(args.device))
     first |= dict(commit=commit(), **stored)
-    return Log(Path(args.out).with_suffix(".jsonl"), first, start, same, args.wandb)
+    return Log(Path(args.out).with_suffix(".jsonl"), first, start, own, args.wandb)
 
 
 def tidy(args, checkpoint):
@@ -776,6 +804,8 @@ def tidy(args, checkpoint):
     out = Path(args.out)
     if out.is_dir():
         raise ValueError(f"{out} is a folder: --out names the checkpoint file")
+    if out.suffix != ".pt" or out.name == "samples.pt":
+        raise ValueError(f"--out {out}: name a .pt, but not samples.pt; other files go beside it")
     out.parent.mkdir(parents=True, exist_ok=True)
     if data.rank() == 0:
         for name in (out.name, light(out).name):
@@ -825,7 +855,7 @@ def main(argv=None):
     # What a user can get wrong is found here, before anything is written.
     images, labels, names, initial = load_data(args, checkpoint)
     model = build_model(args, checkpoint, initial, images.shape[-3], names).to(device)
-    optimizer, ema = build_optimizer(args, checkpoint, model)
+    optimizers, ema = build_optimizers(args, checkpoint, model)
     start = checkpoint["step"] if checkpoint else 0
     tidy(args, checkpoint)
     log = start_log(args, start)
@@ -865,7 +895,7 @@ def main(argv=None):
         done = step + 1
         with enough_memory(args, f"step {done}"):
             stats = gradient(batch, args, forward, encode, n, size)
-        norm, told = update(step, args, params, averages, optimizer, stop.signal)
+        norm, told = update(step, args, params, averages, optimizers, stop.signal)
         total = {name: total.get(name, 0) + row for name, row in stats.items()}
         skipped = count_skipped(skipped, norm)
 
@@ -886,7 +916,7 @@ def main(argv=None):
             report(log, seen, stats, norm, speed, (end - done) / speed, skipped[0], args)
             total, since, then = {}, done, time.time()
         if data.rank() == 0 and (full or stopping or (unsaved and tell)):
-            unsaved = not save(done, args, names, model, ema, optimizer)
+            unsaved = not save(done, args, names, model, ema, optimizers)
         if stopping:
             data.say(f"stopped after step {done}; go on with --resume {args.out}")
             break

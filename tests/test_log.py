@@ -50,7 +50,7 @@ def test_lines(tmp_path, capsys):
         assert set(line) == STEP | TOLD | SPEED
         assert f"{line['step']:6d}  drift 0.02:{line['drift_0.02']:.2e}" in printed
         assert line["images"] == 80 * line["step"] and line["images_per_s"] > 0
-        rate = training.learning_rate(line["step"] - 1, args)
+        rate = args.lr * training.schedule(line["step"] - 1, args)
         assert line["lr"] == pytest.approx(rate, rel=1e-5)
     judged = [line for line in rest if "fd" in line]
     assert [line["step"] for line in judged] == [4, 7] and len(rest) == 7
@@ -237,7 +237,7 @@ def test_picture(monkeypatch, tmp_path):
     run(monkeypatch, "log.py", "a.jsonl", "b.jsonl")
     assert Image.open("log.png").size == (1200, 600)
     both = curves(figures[-1])[0]["Frechet distance"]
-    assert set(both) == {"a fd", "b fd"} and both["b fd"] == fd
+    assert set(both) == {"a.jsonl fd", "b.jsonl fd"} and both["b.jsonl fd"] == fd
 
 
 def test_no_matplotlib_is_one_line(monkeypatch, tmp_path, capsys):
@@ -254,7 +254,7 @@ def test_bad_input_of_the_script(monkeypatch, tmp_path, capsys):
     def bad(*args):
         return fails(monkeypatch, capsys, "log.py", *args)
 
-    assert "name the logs" in bad()
+    assert "required: logs" in bad()
     assert "there is no log none.jsonl" in bad("none.jsonl")
     (tmp_path / "a.pt").write_bytes(b"\x80\x02hello")
     if log.find_spec("matplotlib"):

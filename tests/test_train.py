@@ -122,11 +122,11 @@ def test_alpha_has_the_stated_density():
 
 def test_learning_rate():
     args, _ = training.parse(["--steps", "100", "--lr", "2", "--warmup", "10", "--decay", "0.5"])
-    rates = [training.learning_rate(step, args) for step in range(100)]
+    rates = [args.lr * training.schedule(step, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9:51] == [2] * 42
     assert rates[75] == pytest.approx(1) and rates[99] == pytest.approx(0.04)
     args.warmup, args.decay = 0, 0
-    assert {training.learning_rate(step, args) for step in range(100)} == {2}
+    assert {training.schedule(step, args) for step in range(100)} == {1}
 
 
 def test_train_bad_input(monkeypatch, tmp_path, checkpoint, capsys):
