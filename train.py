@@ -67,7 +67,7 @@ PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
 PRESETS = {  # what differs from the defaults of parse()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
-    | dict(muon=0.02, n_pos=128, alpha_one=0.8),
+    | dict(muon=0.02, n_pos=128),
     "mnist": dict(size=28, patch=7, pools=[2, 4], steps=2000),
     "fashion": dict(size=28, patch=7, pools=[2, 4], steps=2000),
     # two CPU cores, for twenty minutes

@@ -87,6 +87,12 @@ def small_plan(*flags):
     return train.parse([*common, "--n_pos", "4", *flags])[0]
 
 
+def step_gradient(step, args, sampler, net, forward, encode, size):
+    """That of four labels at once, to the parameters of net."""
+    batch = train.draw_batch(step, args, sampler, net, slice(0, 4))
+    train.gradient(batch, args, forward, encode, 4, size)
+
+
 def photographs():
     """200 of CIFAR-10 as uint8 [200, 3, 16, 16], and their labels."""
     grid = Image.open(Path(data.__file__).with_name("assets") / "cifar10.png")  # a class a row
@@ -129,11 +135,11 @@ def test_a_step_asks_the_gpu_for_nothing(gpu, monkeypatch, dataset, micro_batch)
     monkeypatch.setattr(drift, "features_drift", counted)
     monkeypatch.setattr(drift, "mean_over_ranks", lambda t: reductions.append(1) or t)
     with Launches():
-        train.gradient(0, args, slice(0, 4), sampler, net, net, encode, int(micro_batch))
+        step_gradient(0, args, sampler, net, net, encode, int(micro_batch))
         averages = [p.detach().clone() for p in net.parameters()]
         args.device = torch.device("cuda")
         monkeypatch.setattr(optimizer, "step", lambda: None)
-        norm, _ = train.update(0, args, list(net.parameters()), averages, optimizer, False)
+        norm, _ = train.update(0, args, list(net.parameters()), averages, [optimizer], False)
         train.count_skipped(torch.zeros(3, device=gpu), norm)
     [(launched, names)] = counts
     print(f"\n{dataset}: {launched} launches of the drift, {names} features", end="")
@@ -158,7 +164,7 @@ def test_everything_compiles_once_without_a_break(monkeypatch):
     train.real_drift(args, slice(0, 4), sampler, encode, 32)
     frames = []
     for step in range(3):
-        train.gradient(step, args, slice(0, 4), sampler, net, forward, encode, 32)
+        step_gradient(step, args, sampler, net, forward, encode, 32)
         frames.append(counter.frame_count)
     assert frames[0] > 3 and frames[0] == frames[1] == frames[2], frames
     torch._dynamo.reset()
@@ -166,7 +172,7 @@ def test_everything_compiles_once_without_a_break(monkeypatch):
 
 def whole_gradient(args, net, sampler, encode):
     net.zero_grad()
-    train.gradient(0, args, slice(0, 4), sampler, net, net, encode, 64)
+    step_gradient(0, args, sampler, net, net, encode, 64)
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
@@ -251,12 +257,13 @@ def test_the_first_gradient_through_timm_is_finite(name):
 
 
 def test_where_found_inf_is_ignored_the_flag_is_read():
-    args = SimpleNamespace(device=torch.device("mps"), lr=1.0, warmup=0, decay=0, steps=9, ema=0.5)
+    args = SimpleNamespace(device=torch.device("mps"), lr=1.0, muon=0.0, warmup=0, decay=0)
+    args.steps, args.ema = 9, 0.5
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([p], 1.0)
     for grad, expected in ((float("nan"), 1.0), (0.1, 0.9)):
         p.grad = torch.full((3,), grad)
-        train.update(0, args, [p], [torch.ones(3)], optimizer, False)
+        train.update(0, args, [p], [torch.ones(3)], [optimizer], False)
         assert p.tolist() == pytest.approx([expected] * 3)
 
 
@@ -291,7 +298,7 @@ import sys, torch
 import data, fid, train
 
 class Inception:
-    protocol = "inception-stub"
+    protocol, original = "inception-stub", False
 
     def __init__(self, device):
         pass

@@ -66,8 +66,8 @@ def test_without_labels_there_is_one_group(tmp_path):
         assert args.unconditional == (args.n_unc == 0) == (args.alpha_max == 1)
         return args.labels, args.n_gen, args.n_pos
 
-    assert plan("--unconditional") == (1, 320, 320)
-    assert plan("--dataset", "fashion", "--unconditional", "--n_gen", 16) == (1, 16, 320)
+    mnist = ["--dataset", "mnist", "--unconditional"]
+    assert plan(*mnist) == (1, 320, 320) and plan(*mnist, "--n_gen", 16) == (1, 16, 320)
     folder, npz = f"folder:{write_folder(tmp_path / 'pets')}", f"npz:{tmp_path}/a.npz"
     assert plan("--dataset", folder) == (10, 32, 32)
     assert plan("--dataset", f"{folder}/cats") == (1, 320, 320)
