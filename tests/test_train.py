@@ -481,7 +481,7 @@ def test_a_signal_saves_first(tmp_path, sig, status):
 def test_a_signal_before_the_first_step(tmp_path, sig, status):
     plan = [*QUICK, "--encoder", "mae", "--size", 16, "--data_dir", tmp_path]
     job = start("train.py", *plan, "--out", tmp_path / "a.pt")
-    wait_for(job, "mse")  # the encoder has begun to learn
+    wait_for(job, "loss of")  # the encoder has begun to learn
     job.send_signal(sig)
     out, err = job.communicate(timeout=60)
     assert job.returncode == status and err == "" and "the same command" in out
