@@ -11,6 +11,7 @@ $ python log.py out.jsonl other.jsonl
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -175,6 +176,8 @@ def draw(paths, out):
             figure.savefig(file, format="png", dpi=100)
     except OSError as error:
         print(f"cannot write {out} ({error})", file=sys.stderr, flush=True)
+    figure.clear()
+    gc.collect()  # parts of a figure hold one another, and some 20 MB
 
 
 def main():

@@ -222,7 +222,7 @@ print(*seen)
 def test_soak(tmp_path):
     """2,000 steps, with checkpoints, scores and pictures: the memory does not grow."""
     plan = [*QUICK, "--labels", 4, "--n_gen", 4, "--n_pos", 4, "--n_unc", 2, "--steps", 2000]
-    plan += ["--eval_every", 100, "--log_every", 500, "--out", tmp_path / "a.pt"]
+    plan += ["--eval_every", 250, "--log_every", 500, "--out", tmp_path / "a.pt"]
     status, out, err = python("-c", SOAK, *plan)
     assert status == 0, err
     first, last = map(float, out.splitlines()[-1].split())
