@@ -9,6 +9,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import logging
 import os
 import pickle
 import runpy
@@ -33,6 +34,9 @@ ASSETS = HERE / "assets"
 ARTIFACT = ASSETS / "artifact_gen" / "params_ema"  # written by the official code, random weights
 QUICK = ["--log_every", "1", "--device", "cpu", "--n_gen", "8", "--n_pos", "8", "--n_unc", "4"]
 QUICK += ["--muon", "0"]
+
+
+logging.raiseExceptions = False  # libraries may log to the stderr of a test that has ended
 
 
 def pytest_addoption(parser):
