@@ -126,6 +126,7 @@ class Log:
                 draw([self.path], self.path.with_suffix(".png"))
             except ValueError as error:  # somebody has changed it
                 print(error, file=sys.stderr, flush=True)
+            gc.collect()  # parts of a figure hold one another, and some 20 MB
 
 
 def start_wandb(project, first):
@@ -176,8 +177,6 @@ def draw(paths, out):
             figure.savefig(file, format="png", dpi=100)
     except OSError as error:
         print(f"cannot write {out} ({error})", file=sys.stderr, flush=True)
-    figure.clear()
-    gc.collect()  # parts of a figure hold one another, and some 20 MB
 
 
 def main():
