@@ -35,19 +35,26 @@ ALIASES = {  # name: (timm's name, input size if it is not to be timm's own)
 }
 
 
-def pixels(images, pools=()):
-    """Raw pixels `global` [B, 1, CHW], and mean-pooled copies `global_mean_k` [B, 1, CHW / k^2].
+def pixels(images, pools=(), windows=()):
+    """Raw pixels `global` [B, 1, CHW], mean-pooled copies `global_mean_k` [B, 1, CHW / k^2], and
+    windows of k x k pixels, every k / 2 pixels, `window_k` [B, l, C k^2].
 
     In a raw vector, one stroke moved by a pixel is as far as another digit; the pooled copies see
-    where it went. Raises ValueError if a k does not divide the image size.
+    where it went. In a window a real image is near that has the same stroke, however it goes on
+    elsewhere: few pixels have near neighbours where many have none. Windows are not official.
+    Raises ValueError if pools or windows do not fit the image size.
     """
+    size = images.shape[-1]
     feats = {"global": images.flatten(1).unsqueeze(1)}
     for k in pools:
-        if images.shape[-1] % k:
-            raise ValueError(
-                f"--pools {k} does not divide the image size, {images.shape[-1]} pixels"
-            )
+        if size % k:
+            raise ValueError(f"--pools {k} does not divide the image size, {size} pixels")
         feats[f"global_mean_{k}"] = F.avg_pool2d(images, k).flatten(1).unsqueeze(1)
+    for k in windows:
+        if k % 2 or k > size or (size - k) % (k // 2):
+            raise ValueError(f"--windows {k}: even, and steps of its half from edge to edge")
+        cut = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
+        feats[f"window_{k}"] = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
     return feats
 
 
@@ -89,7 +96,8 @@ def multiscale(maps):
 
 
 class Timm(nn.Module):
-    """A model of timm: its resize, mean and std, then its stages, or four blocks of a transformer.
+    """A model of timm: its resize, mean and std, then its stages, or a transformer's last tokens,
+    after its final norm.
 
     file: local weights instead of timm's download. pretrained=False: random ones, to test. Raises
     ValueError, one line, if timm or the weights are missing, the weights do not fit, or the input
@@ -125,7 +133,8 @@ class Timm(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         n = len(info)  # stages, or the many equal blocks of a transformer
-        self.take = list(range(n)) if n <= 6 else [n * i // 4 - 1 for i in (1, 2, 3, 4)]
+        self.last = n > 6  # raw tokens between its blocks have a few channels of huge numbers
+        self.take = [n - 1] if self.last else list(range(n))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.blocks = hasattr(self.net, "forward_intermediates")
         if not self.blocks:
@@ -142,7 +151,7 @@ class Timm(nn.Module):
             return maps | {f"stage{i + 1}": f for i, f in enumerate(self.net(x))}
         kwargs = {"return_prefix_tokens": True} if self.prefix else {}
         blocks = self.net.forward_intermediates(
-            x, indices=self.take, intermediates_only=True, **kwargs
+            x, indices=self.take, norm=self.last, intermediates_only=True, **kwargs
         )
         for i, f in zip(self.take, blocks, strict=True):
             if self.prefix:
@@ -215,18 +224,26 @@ class Encoder(nn.Module):
     """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, l, C]}.
 
     Gradients reach the images. spec: names separated by commas, see the top of this file; channels,
-    size: of the images; pools: of pixels(); input_size: of timm's models, instead of their own;
-    dtype: of the networks on CUDA. Raises ValueError with one line.
+    size: of the images; pools, windows: of pixels(); input_size: of timm's models, instead of their
+    own; dtype: of the networks on CUDA. Raises ValueError with one line.
     """
 
     def __init__(
-        self, spec, channels, size, pools=(), input_size=None, device="cpu", dtype=torch.bfloat16
+        self,
+        spec,
+        channels,
+        size,
+        pools=(),
+        windows=(),
+        input_size=None,
+        device="cpu",
+        dtype=torch.bfloat16,
     ):
         super().__init__()
         self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
-        self.pools = pools
-        pixels(torch.zeros(1, channels, size, size), pools)  # complains of the pools now
+        self.pools, self.windows = pools, windows
+        pixels(torch.zeros(1, channels, size, size), pools, windows)  # complains of them now
         self.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cuda":
             # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
@@ -237,7 +254,7 @@ class Encoder(nn.Module):
                 net.to(dtype=dtype, memory_format=torch.channels_last)
 
     def forward(self, images):
-        feats = pixels(images, self.pools)
+        feats = pixels(images, self.pools, self.windows)
         for name, net in zip(self.names, self.nets, strict=True):
             for key, f in multiscale(net.features(images)).items():
                 feats[f"{name}.{key}"] = f

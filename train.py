@@ -65,18 +65,19 @@ IMAGENET |= dict(decay=0.0, ema=0.999, iters=1, floor=1e-6, eval_every=5000)
 LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf://mae_latent_640")
 PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
+SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # a quarter of an hour of two CPU cores
 PRESETS = {  # what differs from the defaults of parse()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
-    | dict(muon=0.02, n_pos=128),
-    "mnist": dict(size=28, patch=7, pools=[2, 4], steps=2000),
-    "fashion": dict(size=28, patch=7, pools=[2, 4], steps=2000),
-    # two CPU cores, for twenty minutes
-    "cifar10-16": dict(dataset="cifar10", size=16, patch=2, encoder="mae", pools=[2, 4], flip=True)
-    | dict(steps=700, labels=5, n_unc=0, alpha_max=1),
+    | dict(muon=0.02, n_pos=128, alpha_one=0.85),
+    "mnist": SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32),
+    "fashion": SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32),
+    "cifar10-16": SMALL
+    | dict(dataset="cifar10", size=16, windows=[4, 8], flip=True, steps=2200)
+    | dict(n_unc=0, alpha_max=1),
     # one GPU, for hours; no GPU has seen it yet
     "cifar10": dict(size=32, model="S", patch=2, encoder="mae", pools=[2, 4], flip=True)
-    | dict(steps=100000, lr=3e-4, warmup=1000, ema=0.999, eval_every=5000)
-    | dict(n_gen=64, n_pos=64, n_unc=0, alpha_max=1),
+    | dict(steps=100000, lr=2e-4, warmup=3000, ema=0.999, eval_every=5000)
+    | dict(labels=5, n_gen=128, n_pos=256, n_unc=0, alpha_max=1),
     "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
     "npz": dict(size=None, encoder="mae", steps=5000, ema=0.999),
     "latents": dict(size=None, patch=2, encoder="mae", steps=5000, ema=0.999),
@@ -89,7 +90,8 @@ PRESETS = {  # what differs from the defaults of parse()
     "imagenet-pixel-B": PIXEL | dict(model="B", lr=2e-4),
     "imagenet-pixel-L": PIXEL | dict(model="L", lr=4e-4),
 }
-FIXED = ("dataset", "size", "encoder", "pools", "model", "patch")  # a resumed run keeps these
+# a resumed run keeps these
+FIXED = ("dataset", "size", "encoder", "pools", "windows", "model", "patch")
 N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
 N_FID = 10000
 
@@ -116,6 +118,9 @@ def parse(argv=None):
     p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
     p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
     p.add_argument("--pools", type=positive_int, nargs="*", default=[], help="mean-pooled copies")
+    p.add_argument(
+        "--windows", type=positive_int, nargs="*", default=[], help="of so many pixels, overlapping"
+    )
     p.add_argument("--init", help="generator to start from, as of sample.py")
     p.add_argument("--model", default="tiny", help=", ".join(SIZES))
     p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
@@ -740,6 +745,7 @@ def build_encoder(args, sampler, num_classes):
     """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
     channels, size = sampler.images.shape[-3:-1]
     names = args.encoder.split(",")
+    spaces = args.pools, args.windows, args.encoder_size
     if "mae" in names:
         place = args.dataset.partition(":")[2] or args.dataset
         name = Path(place).resolve().name.removesuffix(".npz")
@@ -747,17 +753,20 @@ def build_encoder(args, sampler, num_classes):
         if not path.exists():
             others = ",".join(name for name in names if name != "mae")
             with data.node_first():  # if the others cannot be had, say so before training
-                features.Encoder(others or "pixels", channels, size, args.pools, args.encoder_size)
+                features.Encoder(others or "pixels", channels, size, *spaces)
             data.say(
                 f"training an encoder first, {path}; python mae.py trains a better one, given time"
             )
-        # at least 14 locations across: see docs/cifar10.md
-        patch = max([k for k in range(1, size) if size % k == 0 and size // k >= 14], default=1)
-        mae.train_mae(path, sampler, num_classes, patch=patch)
+        # small enough for minutes on a CPU; on a large GPU the other takes minutes, too
+        cuda = sampler.device.type == "cuda"
+        plan = dict(width=64, layers=(3, 4, 6, 3), steps=20000, batch=512) if cuda else {}
+        least = 28 if cuda else 14  # locations across: see docs/cifar10.md
+        patch = max([k for k in range(1, size) if size % k == 0 and size // k >= least], default=1)
+        mae.train_mae(path, sampler, num_classes, patch=patch, **plan)
         names = [str(path) if name == "mae" else name for name in names]
     spec, device = ",".join(names), sampler.device
     with data.node_first():
-        encode = features.Encoder(spec, channels, size, args.pools, args.encoder_size, device)
+        encode = features.Encoder(spec, channels, size, *spaces, device)
     timm = any(isinstance(net, features.Timm) for net in encode.nets)
     if args.deterministic and device.type == "cuda" and timm:
         raise ValueError("--deterministic: torch resizes images for timm otherwise on a GPU")

@@ -416,8 +416,8 @@ def test_fuzzed_flags_are_one_line(monkeypatch, capsys):
 
 def test_every_number_of_the_trainer_has_a_range(capsys):
     """A number that is no number never comes through."""
-    flags = "size encoder_size pools patch steps lr warmup decay wd ema labels n_gen n_pos n_unc "
-    flags += "micro_batch taus iters floor alpha_max alpha_k alpha_one log_every eval_every "
+    flags = "size encoder_size pools windows patch steps lr warmup decay wd ema labels n_gen n_pos "
+    flags += "n_unc micro_batch taus iters floor alpha_max alpha_k alpha_one log_every eval_every "
     flags += "fid_every stop_after seed"
     script_flags = [(training.parse, [], flag) for flag in flags.split()]
     script_flags += [(sample.parse, ["--ckpt", "a"], f) for f in ("n", "cfg", "seed", "batch")]

@@ -31,6 +31,14 @@ def test_pixels():
     assert feats["global_mean_4"][1, 0, 5] == pytest.approx(mean, abs=1e-6)
 
 
+def test_windows_of_pixels_overlap_by_half():
+    images = torch.randn(2, 3, 8, 8)
+    feats = features.pixels(images, windows=[4])
+    assert set(feats) == {"global", "window_4"}
+    assert feats["window_4"].shape == (2, 9, 48)  # 3 x 3 places, 3 channels of 4 x 4
+    assert torch.equal(feats["window_4"][1, 5], images[1, :, 2:6, 4:8].flatten())
+
+
 def test_pooled_pixels_are_few_enough():
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(features.pooled_pixels(images), F.avg_pool2d(images, 2).flatten(1))
@@ -67,7 +75,7 @@ DINO = "vit_small_patch14_dinov2.lvd142m"
     [
         ("test_vit", 64, {"stage6": (64, 4, 4), "stage6_cls": (1, 64)}),
         ("convnextv2_atto", 64, {"stage1": (40, 16, 16), "stage4": (320, 2, 2)}),
-        (DINO, 56, {"stage3": (384, 4, 4), "stage12": (384, 4, 4), "stage12_cls": (1, 384)}),
+        (DINO, 56, {"stage12": (384, 4, 4), "stage12_cls": (1, 384)}),
         ("swin_tiny_patch4_window7_224", 224, {"stage1": (96, 56, 56), "stage4": (768, 7, 7)}),
         ("res2net50_26w_4s", 64, {"stage5": (2048, 2, 2)}),  # without blocks to ask for
     ],
@@ -226,6 +234,8 @@ def test_what_is_no_encoder_is_one_line(tmp_path, tiny_mae):
     assert "is for images of 3 x 16^2, not 1 x 16^2" in bad(str(tiny_mae), channels=1)
     assert "not 3 x 32^2" in bad(str(tiny_mae), size=32)
     assert "--pools 3 does not divide" in bad("pixels", pools=[2, 3])
+    for k in (3, 32, 12):  # odd, too large, 16 pixels are no whole number of steps
+        assert f"--windows {k}" in bad("pixels", windows=[k])
     (tmp_path / "text.pt").write_text("hello")
     assert "text.pt is damaged or not" in bad(str(tmp_path / "text.pt"))
     if find_spec("timm"):

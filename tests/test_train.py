@@ -49,7 +49,7 @@ def pets(folder, *args):
 
 def test_presets():
     small, none = training.parse(["--dataset", "cifar10-16", "--patch", "8"])
-    assert (small.dataset, small.size, small.model, small.encoder) == ("cifar10", 16, "tiny", "mae")
+    assert (small.dataset, small.size, small.windows) == ("cifar10", 16, [4, 8])
     assert small.patch == 8 and none is None  # flags override
     assert training.parse(["--dataset", "cifar10-16", "--no-flip"])[0].flip is False
     large, _ = training.parse(["--dataset", "cifar10"])
@@ -67,7 +67,7 @@ def test_without_labels_there_is_one_group(tmp_path):
         return args.labels, args.n_gen, args.n_pos
 
     mnist = ["--dataset", "mnist", "--unconditional"]
-    assert plan(*mnist) == (1, 320, 320) and plan(*mnist, "--n_gen", 16) == (1, 16, 320)
+    assert plan(*mnist) == (1, 320, 1280) and plan(*mnist, "--n_gen", 16) == (1, 16, 1280)
     folder, npz = f"folder:{write_folder(tmp_path / 'pets')}", f"npz:{tmp_path}/a.npz"
     assert plan("--dataset", folder) == (10, 32, 32)
     assert plan("--dataset", f"{folder}/cats") == (1, 320, 320)
@@ -155,7 +155,7 @@ def test_resume_refuses_what_does_not_fit(monkeypatch, tmp_path, checkpoint, cap
     def bad(path, *args):
         return fails(monkeypatch, capsys, "train.py", "--resume", path, *args)
 
-    other = dict(dataset="mnist", size=16, encoder="mae", pools=2, model="S", patch=2)
+    other = dict(dataset="mnist", size=16, encoder="mae", pools=2, windows=4, model="S", patch=2)
     assert set(other) == set(training.FIXED)
     for flag, value in other.items():
         line = bad(checkpoint, f"--{flag}", value)
