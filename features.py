@@ -7,7 +7,7 @@ Every name is a drift problem of its own: it has its own scale, and the losses o
 added, so that encoders mix without weights. Nothing here is needed to sample. --encoder of train.py
 takes one of these, or several separated by commas:
 
-    pixels              the image as one vector, and mean-pooled copies; always included
+    pixels              the image as one vector, pooled copies, windows; always included
     FILE.pt             a ResNet-MAE, the paper's own encoder, as trained by mae.py
     hf://mae_pixel_640  one that the authors have released, or a local folder with it
     dinov2, clip, ...   a foundation model of ALIASES; timm:NAME any other of timm's

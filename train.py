@@ -65,7 +65,7 @@ IMAGENET |= dict(decay=0.0, ema=0.999, iters=1, floor=1e-6, eval_every=5000)
 LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf://mae_latent_640")
 PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
-SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # a quarter of an hour of two CPU cores
+SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # for two CPU cores
 PRESETS = {  # what differs from the defaults of parse()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
     | dict(muon=0.02, n_pos=128, alpha_one=0.85),
