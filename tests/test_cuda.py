@@ -329,3 +329,22 @@ def test_ranks_share_evaluation_and_fid(tmp_path):
         assert len(lines) == 3 and "1010 at alpha 1" in lines[0] and "FID-1300" in lines[2]
         printed.append(lines)
     assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(
+    "device, size, width, patch", [("cpu", 32, 32, 2), ("cuda", 32, 64, 1), ("cuda", 64, 64, 2)]
+)
+def test_a_gpu_gets_a_larger_encoder(monkeypatch, tmp_path, device, size, width, patch):
+    class Told(Exception):
+        pass
+
+    def train_mae(path, sampler, num_classes, width=32, patch=2, **kwargs):
+        raise Told(width, patch)
+
+    monkeypatch.setattr(mae, "train_mae", train_mae)
+    args = small_plan("--encoder", "mae", "--size", str(size), "--data_dir", str(tmp_path))
+    images = torch.zeros(1, 1, 3, size, size)
+    sampler = SimpleNamespace(images=images, device=torch.device(device))
+    with pytest.raises(Told) as told:
+        train.build_encoder(args, sampler, 10)
+    assert told.value.args == (width, patch)
