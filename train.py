@@ -1,10 +1,10 @@
 """
 Trains a one-step generator by drifting.
 
-Embedded digits, CPU or GPU, about a minute: writes out.pt and samples.png
+Embedded digits, CPU or GPU, two minutes of two CPU cores: writes out.pt and samples.png
 $ python train.py
 
-CIFAR-10: at 16 x 16 on two CPU cores in twenty minutes; at 32 x 32 on one GPU, or eight
+CIFAR-10: at 16 x 16 in half an hour of a CPU; at 32 x 32 on one GPU, or eight
 $ python train.py --dataset cifar10-16
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 
