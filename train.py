@@ -66,11 +66,12 @@ LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf
 PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
 SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # for two CPU cores
+MNIST = SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32)
 PRESETS = {  # what differs from the defaults of parse()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
     | dict(muon=0.02, n_pos=128, alpha_one=0.85),
-    "mnist": SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32),
-    "fashion": SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32),
+    "mnist": MNIST,
+    "fashion": MNIST,
     "cifar10-16": SMALL
     | dict(dataset="cifar10", size=16, windows=[4, 8], flip=True, steps=2200)
     | dict(n_unc=0, alpha_max=1),
