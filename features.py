@@ -8,6 +8,7 @@ added, so that encoders mix without weights. Nothing here is needed to sample. -
 takes one of these, or several separated by commas:
 
     pixels              the image as one vector, pooled copies, windows; always included
+    mae                 a ResNet-MAE that train.py trains on the data first
     FILE.pt             a ResNet-MAE, the paper's own encoder, as trained by mae.py
     hf://mae_pixel_640  one that the authors have released, or a local folder with it
     dinov2, clip, ...   a foundation model of ALIASES; timm:NAME any other of timm's
@@ -40,8 +41,8 @@ def pixels(images, pools=(), windows=()):
     windows of k x k pixels, every k / 2 pixels, `window_k` [B, l, C k^2].
 
     In a raw vector, one stroke moved by a pixel is as far as another digit; the pooled copies see
-    where it went. In a window a real image is near that has the same stroke, however it goes on
-    elsewhere: few pixels have near neighbours where many have none. Windows are not official.
+    where it went. Whole images have no near neighbour among a hundred real ones, but windows do:
+    one that has the same stroke there, whatever it has elsewhere. Windows are not official.
     Raises ValueError if pools or windows do not fit the image size.
     """
     size = images.shape[-1]
@@ -52,7 +53,9 @@ def pixels(images, pools=(), windows=()):
         feats[f"global_mean_{k}"] = F.avg_pool2d(images, k).flatten(1).unsqueeze(1)
     for k in windows:
         if k % 2 or k > size or (size - k) % (k // 2):
-            raise ValueError(f"--windows {k}: even, and steps of its half from edge to edge")
+            raise ValueError(
+                f"--windows {k}: even, at most {size}, and its half a divisor of {size}"
+            )
         cut = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
         feats[f"window_{k}"] = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
     return feats
@@ -133,7 +136,9 @@ class Timm(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         n = len(info)  # stages, or the many equal blocks of a transformer
-        self.last = n > 6  # raw tokens between its blocks have a few channels of huge numbers
+        # Networks of stages have four to six; a transformer lists its twelve or more blocks, and
+        # the raw tokens between these have a few channels of huge numbers.
+        self.last = n > 6
         self.take = [n - 1] if self.last else list(range(n))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.blocks = hasattr(self.net, "forward_intermediates")

@@ -118,18 +118,18 @@ def parse(argv=None):
     p.add_argument("--flip", action=yes_no, default=False, help="mirror half of the images")
     p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
     p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
-    p.add_argument("--pools", type=positive_int, nargs="*", default=[], help="mean-pooled copies")
     p.add_argument(
-        "--windows", type=positive_int, nargs="*", default=[], help="of so many pixels, overlapping"
+        "--pools", type=positive_int, nargs="*", default=[], help="image averaged over k x k pixels"
+    )
+    p.add_argument(
+        "--windows", type=positive_int, nargs="*", default=[], help="drift of k x k pixels, too"
     )
     p.add_argument("--init", help="generator to start from, as of sample.py")
     p.add_argument("--model", default="tiny", help=", ".join(SIZES))
     p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
     p.add_argument("--steps", type=positive_int, default=600, help="in all, resumed ones included")
     p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3, help="learning rate")
-    p.add_argument(
-        "--muon", type=number(float, 0, 1e6), default=0.0, help="its rate, for the blocks' matrices"
-    )
+    p.add_argument("--muon", type=number(float, 0, 1e6), default=0.0, help="rate of Muon; 0: none")
     p.add_argument(
         "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
     )
@@ -144,15 +144,19 @@ def parse(argv=None):
     p.add_argument("--n_gen", type=number(int, 2, 10**6), default=32, help="samples per label")
     p.add_argument("--n_pos", type=number(int, 1, 10**6), default=32, help="real images per label")
     p.add_argument(
-        "--n_unc", type=number(int, 0, 10**6), default=8, help="of any class, for guidance"
+        "--n_unc", type=number(int, 0, 10**6), default=8, help="real images of any class, a label"
     )
     p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
     p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
     p.add_argument(
-        "--taus", type=number(float, 1e-6, 1e6), nargs="+", default=list(drift.TAUS), help="widths"
+        "--taus",
+        type=number(float, 1e-6, 1e6),
+        nargs="+",
+        default=list(drift.TAUS),
+        help="widths of the kernel",
     )
     p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
-    p.add_argument("--floor", type=share, default=0.0, help="1e-6: the official one")
+    p.add_argument("--floor", type=share, default=0.0, help="least softmax product; official: 1e-6")
     p.add_argument("--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance up to")
     p.add_argument(
         "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density falls as alpha^-k"
@@ -170,7 +174,7 @@ def parse(argv=None):
     p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
     p.add_argument("--stop_after", type=positive_int, help="end at this step of the plan")
     p.add_argument("--seed", type=data.seed, default=0)
-    p.add_argument("--deterministic", action=yes_no, default=False)
+    p.add_argument("--deterministic", action=yes_no, default=False, help="slower on a GPU")
     p.add_argument("--device", type=data.device, default=data.default_device())
     first, _ = p.parse_known_args(argv)
     checkpoint = find_checkpoint(first) if first.resume else None
@@ -748,22 +752,21 @@ def build_encoder(args, sampler, num_classes):
     names = args.encoder.split(",")
     spaces = args.pools, args.windows, args.encoder_size
     if "mae" in names:
+        width, plan, least = 32, {}, 14  # minutes of a CPU
+        if sampler.device.type == "cuda":  # minutes of a large GPU
+            width, plan, least = 64, dict(layers=(3, 4, 6, 3), steps=20000, batch=512), 28
         place = args.dataset.partition(":")[2] or args.dataset
         name = Path(place).resolve().name.removesuffix(".npz")
-        path = Path(args.data_dir) / f"mae_{name}_{size}.pt"
+        path = Path(args.data_dir) / f"mae_{name}_{size}_{width}.pt"
         if not path.exists():
             others = ",".join(name for name in names if name != "mae")
             with data.node_first():  # if the others cannot be had, say so before training
                 features.Encoder(others or "pixels", channels, size, *spaces)
-            data.say(
-                f"training an encoder first, {path}; python mae.py trains a better one, given time"
-            )
-        # small enough for minutes on a CPU; on a large GPU the other takes minutes, too
-        cuda = sampler.device.type == "cuda"
-        plan = dict(width=64, layers=(3, 4, 6, 3), steps=20000, batch=512) if cuda else {}
-        least = 28 if cuda else 14  # locations across: see docs/cifar10.md
-        patch = max([k for k in range(1, size) if size % k == 0 and size // k >= least], default=1)
-        mae.train_mae(path, sampler, num_classes, patch=patch, **plan)
+            data.say(f"training an encoder first, {path}; --encoder FILE.pt takes another")
+        # the largest patches that leave so many locations across, as far as there are pixels
+        fits = [k for k in range(1, size) if size % k == 0 and size // k >= least]
+        patch = max(fits, default=1)
+        mae.train_mae(path, sampler, num_classes, width=width, patch=patch, **plan)
         names = [str(path) if name == "mae" else name for name in names]
     spec, device = ",".join(names), sampler.device
     with data.node_first():

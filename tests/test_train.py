@@ -209,11 +209,11 @@ def test_resume_auto(monkeypatch, tmp_path, capsys):
 
 
 def test_default_encoder_is_trained_once_and_not_needed_to_sample(monkeypatch, tmp_path, capsys):
-    small = functools.partial(mae.train_mae, width=4, layers=(1, 1, 1, 1), steps=2, batch=4)
+    small = functools.partial(mae.train_mae, layers=(1, 1, 1, 1), steps=2, batch=4)
     monkeypatch.setattr(mae, "train_mae", small)
     plan = pets(tmp_path, "--encoder", "mae", "--patch", 4, "--n_gen", 4, "--steps", 2)
     train(*plan, "--out", tmp_path / "a.pt", "--stop_after", 1)
-    kept = tmp_path / "data" / "mae_pets_16.pt"
+    kept = tmp_path / "data" / "mae_pets_16_32.pt"
     assert f"training an encoder first, {kept}" in capsys.readouterr().out
     assert kept.with_suffix(".png").exists()
     before = kept.stat().st_mtime_ns
@@ -293,7 +293,7 @@ def test_training_on_images_in_one_folder(tmp_path):
 
 def test_training_on_floats(monkeypatch, tmp_path, capsys):
     """Of five channels: their samples are floats, too, not clamped, and a data set again."""
-    small = functools.partial(mae.train_mae, width=4, layers=(1, 1, 1, 1), steps=2, batch=4)
+    small = functools.partial(mae.train_mae, layers=(1, 1, 1, 1), steps=2, batch=4)
     monkeypatch.setattr(mae, "train_mae", small)
     np.savez(tmp_path / "fields.npz", arr_0=3 * np.random.randn(40, 5, 8, 8))
     plan = [*QUICK, "--data_dir", tmp_path, "--steps", 1, "--dataset", f"npz:{tmp_path}/fields.npz"]
@@ -306,7 +306,7 @@ def test_training_on_floats(monkeypatch, tmp_path, capsys):
     train(*plan, "--out", tmp_path / "a.pt")
     train(*plan, "--out", tmp_path / "b.pt", "--resume", "auto", "--steps", 2)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"mae_fields_8.pt", "a.pt", "b.pt"} <= names
+    assert {"mae_fields_8_32.pt", "a.pt", "b.pt"} <= names
     assert not any(name.endswith(".png") for name in names)
 
     saved = read(tmp_path / "a.pt")
