@@ -7,7 +7,7 @@ Every name is a drift problem of its own: it has its own scale, and the losses o
 added, so that encoders mix without weights. Nothing here is needed to sample. --encoder of train.py
 takes one of these, or several separated by commas:
 
-    pixels              the image as one vector, pooled copies, windows; always included
+    pixels              the image as one vector, pooled copies, windows, edges; always included
     mae                 a ResNet-MAE that train.py trains on the data first
     FILE.pt             a ResNet-MAE, the paper's own encoder, as trained by mae.py
     hf://mae_pixel_640  one that the authors have released, or a local folder with it
@@ -15,6 +15,7 @@ takes one of these, or several separated by commas:
     NAME=FILE           any of timm's, with weights from a local file
 """
 
+import math
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def pixels(images, pools=(), windows=()):
         cut = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
         feats[f"window_{k}"] = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
     return feats
+
+
+def edges(images):
+    """How strongly an image changes in 8 directions, in windows `edges_4` [B, l, 128] and as a
+    whole `edges` [B, 1, 8 (H / 4)^2]; images [B, C, H, W], H = W.
+
+    Most of what tells two windows of pixels apart is their colour; where an outline runs, and which
+    way, is lost in it. These are its differences of brightness alone, split by direction and
+    averaged over 2 x 2 pixels, so that an outline may move a little: a descriptor like HOG (Dalal
+    and Triggs, 2005), without its normalisation. Not official. Raises ValueError if 4 does not
+    divide the image size, or it is below 8.
+    """
+    size = images.shape[-1]
+    if size % 4 or size < 8:
+        raise ValueError(f"--edges needs images of 8, 12, 16 ... pixels, not {size}")
+    grey = images.mean(1, keepdim=True)
+    right = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
+    down = F.pad(grey[:, :, 1:] - grey[:, :, :-1], (0, 0, 0, 1))
+    angles = [i * math.pi / 4 for i in range(8)]
+    along = [F.relu(right * math.cos(angle) + down * math.sin(angle)) for angle in angles]
+    strength = F.avg_pool2d(torch.cat(along, dim=1), 2)  # [B, 8, H / 2, W / 2]
+    cut = strength.unfold(2, 4, 2).unfold(3, 4, 2)
+    windows = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
+    return {"edges": F.avg_pool2d(strength, 2).flatten(1).unsqueeze(1), "edges_4": windows}
 
 
 def pooled_pixels(images, most=1024):
@@ -229,8 +254,8 @@ class Encoder(nn.Module):
     """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, l, C]}.
 
     Gradients reach the images. spec: names separated by commas, see the top of this file; channels,
-    size: of the images; pools, windows: of pixels(); input_size: of timm's models, instead of their
-    own; dtype: of the networks on CUDA. Raises ValueError with one line.
+    size: of the images; pools, windows: of pixels(); outlines: edges(), too; input_size: of timm's
+    models, instead of their own; dtype: of the networks on CUDA. Raises ValueError with one line.
     """
 
     def __init__(
@@ -240,6 +265,7 @@ class Encoder(nn.Module):
         size,
         pools=(),
         windows=(),
+        outlines=False,
         input_size=None,
         device="cpu",
         dtype=torch.bfloat16,
@@ -247,8 +273,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
-        self.pools, self.windows = pools, windows
-        pixels(torch.zeros(1, channels, size, size), pools, windows)  # complains of them now
+        self.pools, self.windows, self.outlines = pools, windows, outlines
+        self.of_pixels(torch.zeros(1, channels, size, size))  # complains of them now
         self.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cuda":
             # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
@@ -258,8 +284,12 @@ class Encoder(nn.Module):
                 net = net.net if isinstance(net, Timm) else net
                 net.to(dtype=dtype, memory_format=torch.channels_last)
 
-    def forward(self, images):
+    def of_pixels(self, images):
         feats = pixels(images, self.pools, self.windows)
+        return feats | edges(images) if self.outlines else feats
+
+    def forward(self, images):
+        feats = self.of_pixels(images)
         for name, net in zip(self.names, self.nets, strict=True):
             for key, f in multiscale(net.features(images)).items():
                 feats[f"{name}.{key}"] = f

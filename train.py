@@ -73,7 +73,7 @@ PRESETS = {  # what differs from the defaults of parse()
     "mnist": MNIST,
     "fashion": MNIST,
     "cifar10-16": SMALL
-    | dict(dataset="cifar10", size=16, windows=[4, 8], flip=True, steps=2200)
+    | dict(dataset="cifar10", size=16, windows=[4, 8], edges=True, flip=True, steps=2000)
     | dict(n_unc=0, alpha_max=1),
     # one GPU, for hours; no GPU has seen it yet
     "cifar10": dict(size=32, model="S", patch=2, encoder="mae", pools=[2, 4], flip=True)
@@ -92,7 +92,7 @@ PRESETS = {  # what differs from the defaults of parse()
     "imagenet-pixel-L": PIXEL | dict(model="L", lr=4e-4),
 }
 # a resumed run keeps these
-FIXED = ("dataset", "size", "encoder", "pools", "windows", "model", "patch")
+FIXED = ("dataset", "size", "encoder", "pools", "windows", "edges", "model", "patch")
 N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
 N_FID = 10000
 
@@ -124,6 +124,7 @@ def parse(argv=None):
     p.add_argument(
         "--windows", type=positive_int, nargs="*", default=[], help="drift of k x k pixels, too"
     )
+    p.add_argument("--edges", action=yes_no, default=False, help="drift of outlines, too")
     p.add_argument("--init", help="generator to start from, as of sample.py")
     p.add_argument("--model", default="tiny", help=", ".join(SIZES))
     p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
@@ -750,7 +751,7 @@ def build_encoder(args, sampler, num_classes):
     """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
     channels, size = sampler.images.shape[-3:-1]
     names = args.encoder.split(",")
-    spaces = args.pools, args.windows, args.encoder_size
+    spaces = args.pools, args.windows, args.edges, args.encoder_size
     if "mae" in names:
         width, plan, least = 32, {}, 14  # minutes of a CPU
         if sampler.device.type == "cuda":  # minutes of a large GPU

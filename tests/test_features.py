@@ -39,6 +39,30 @@ def test_windows_of_pixels_overlap_by_half():
     assert torch.equal(feats["window_4"][1, 5], images[1, :, 2:6, 4:8].flatten())
 
 
+def test_edges_know_the_direction_of_an_outline_and_nothing_of_colour():
+    step = torch.zeros(1, 3, 16, 16)
+    step[..., 6:] = 1.0  # dark, then bright, from left to right
+    feats = features.edges(step)
+    assert {name: f.shape for name, f in feats.items()} == {
+        "edges": (1, 1, 8 * 4 * 4),
+        "edges_4": (1, 9, 8 * 4 * 4),
+    }
+    whole = feats["edges"].view(8, 4, 4)
+    assert whole[0, :, 1].min() > 0.2  # the change is to the right, in the second column
+    assert whole[0, :, [0, 2, 3]].abs().max() == 0
+    torch.testing.assert_close(whole[1], whole[0] * 0.5**0.5)  # 45 degrees off
+    assert whole[3:6].abs().max() == 0  # to the left there is none
+    turned = features.edges(step.mT)["edges"].view(8, 4, 4)
+    torch.testing.assert_close(turned[2], whole[0].T)  # down
+    brighter = features.edges(step + 0.5)["edges"].view(8, 4, 4)
+    torch.testing.assert_close(brighter, whole)
+    # where the image is, in the middle window: pixels 4 to 12, of which 6 begins the bright part
+    middle = feats["edges_4"][0, 4].view(8, 4, 4)
+    assert middle[0, :, 0].min() > 0.4 and middle[0, :, 1:].abs().max() == 0
+    with pytest.raises(ValueError, match="--edges needs images of 8"):
+        features.edges(torch.zeros(1, 1, 10, 10))
+
+
 def test_pooled_pixels_are_few_enough():
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(features.pooled_pixels(images), F.avg_pool2d(images, 2).flatten(1))

@@ -156,9 +156,10 @@ def test_resume_refuses_what_does_not_fit(monkeypatch, tmp_path, checkpoint, cap
         return fails(monkeypatch, capsys, "train.py", "--resume", path, *args)
 
     other = dict(dataset="mnist", size=16, encoder="mae", pools=2, windows=4, model="S", patch=2)
+    other |= dict(edges=True)
     assert set(other) == set(training.FIXED)
     for flag, value in other.items():
-        line = bad(checkpoint, f"--{flag}", value)
+        line = bad(checkpoint, f"--{flag}", *([] if value is True else [value]))
         assert f"--{flag} " in line and "differs" in line
     plan = pets(tmp_path, "--size", 8, "--encoder", "pixels", "--patch", 4)
     train(*plan, "--steps", 1, "--out", tmp_path / "a.pt")
