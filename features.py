@@ -37,6 +37,12 @@ ALIASES = {  # name: (timm's name, input size if it is not to be timm's own)
 }
 
 
+def cut_windows(images, k):
+    """Overlapping windows of images [B, C, H, W]: k x k pixels, every k / 2, as [B, l, C k^2]."""
+    cut = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
+    return rearrange(cut, "b c h w p q -> b (h w) (c p q)")
+
+
 def pixels(images, pools=(), windows=()):
     """Raw pixels `global` [B, 1, CHW], mean-pooled copies `global_mean_k` [B, 1, CHW / k^2], and
     windows of k x k pixels, every k / 2 pixels, `window_k` [B, l, C k^2].
@@ -57,8 +63,7 @@ def pixels(images, pools=(), windows=()):
             raise ValueError(
                 f"--windows {k}: even, at most {size}, and its half a divisor of {size}"
             )
-        cut = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
-        feats[f"window_{k}"] = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
+        feats[f"window_{k}"] = cut_windows(images, k)
     return feats
 
 
@@ -81,9 +86,8 @@ def edges(images):
     angles = [i * math.pi / 4 for i in range(8)]
     along = [F.relu(right * math.cos(angle) + down * math.sin(angle)) for angle in angles]
     strength = F.avg_pool2d(torch.cat(along, dim=1), 2)  # [B, 8, H / 2, W / 2]
-    cut = strength.unfold(2, 4, 2).unfold(3, 4, 2)
-    windows = rearrange(cut, "b c h w p q -> b (h w) (c p q)")
-    return {"edges": F.avg_pool2d(strength, 2).flatten(1).unsqueeze(1), "edges_4": windows}
+    whole = F.avg_pool2d(strength, 2).flatten(1).unsqueeze(1)
+    return {"edges": whole, "edges_4": cut_windows(strength, 4)}
 
 
 def pooled_pixels(images, most=1024):
