@@ -48,17 +48,21 @@ def test_edges_know_the_direction_of_an_outline_and_nothing_of_colour():
         "edges_4": (1, 9, 8 * 4 * 4),
     }
     whole = feats["edges"].view(8, 4, 4)
-    assert whole[0, :, 1].min() > 0.2  # the change is to the right, in the second column
-    assert whole[0, :, [0, 2, 3]].abs().max() == 0
-    torch.testing.assert_close(whole[1], whole[0] * 0.5**0.5)  # 45 degrees off
-    assert whole[3:6].abs().max() == 0  # to the left there is none
+    nothing = torch.full((4,), 0.1)  # the square root of 0.01
+    torch.testing.assert_close(whole[0, :, [0, 2, 3]], nothing.view(4, 1).expand(4, 3))
+    # half of a 2 x 2 cell changes by 1 to the right, in the left cell of the second column
+    right = (0.5 + 0.01) ** 0.5
+    torch.testing.assert_close(whole[0, :, 1], (nothing + right) / 2)
+    diagonal = (0.5 * 0.5**0.5 + 0.01) ** 0.5  # 45 degrees off
+    torch.testing.assert_close(whole[1, :, 1], (nothing + diagonal) / 2)
+    torch.testing.assert_close(whole[3:6], nothing.expand(3, 4, 4))  # to the left there is none
     turned = features.edges(step.mT)["edges"].view(8, 4, 4)
     torch.testing.assert_close(turned[2], whole[0].T)  # down
     brighter = features.edges(step + 0.5)["edges"].view(8, 4, 4)
     torch.testing.assert_close(brighter, whole)
     # where the image is, in the middle window: pixels 4 to 12, of which 6 begins the bright part
     middle = feats["edges_4"][0, 4].view(8, 4, 4)
-    assert middle[0, :, 0].min() > 0.4 and middle[0, :, 1:].abs().max() == 0
+    torch.testing.assert_close(middle[0, 0], torch.tensor([right, 0.1, 0.1, 0.1]))
     with pytest.raises(ValueError, match="--edges needs images of 8"):
         features.edges(torch.zeros(1, 1, 10, 10))
 
