@@ -184,6 +184,19 @@ def reconstruction(filled, images, mask, patch):
     return (error / locations.clamp(min=1)).mean()
 
 
+def load_same(path, plan):
+    """load_mae() of a run that may be gone on with. ValueError if it was of another plan."""
+    average, checkpoint = load_mae(path)
+    old = checkpoint.get("plan", {})
+    if not plan["cls_steps"]:
+        old = old | {"num_classes": plan["num_classes"]}  # of which it has not been told
+    other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
+    if other:
+        how = "name another file, or delete it"
+        raise ValueError(f"{path} was trained with {', '.join(other)}: {how}")
+    return average, checkpoint
+
+
 def train_mae(
     path,
     sampler,
@@ -219,14 +232,8 @@ def train_mae(
     plan["data"] = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
     average = deepcopy(net)
     if path.exists():
-        average, checkpoint = load_mae(path)
-        start, old = checkpoint.get("step", steps), checkpoint.get("plan", {})
-        if not cls_steps:
-            old = old | {"num_classes": num_classes}  # of which it has not been told
-        other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
-        if other:
-            how = "name another file, or delete it"
-            raise ValueError(f"{path} was trained with {', '.join(other)}: {how}")
+        average, checkpoint = load_same(path, plan)
+        start = checkpoint.get("step", steps)
     average = average.to(device).requires_grad_(False)
     if start == steps:
         return average

@@ -100,9 +100,7 @@ N_FID = 10000
 # Arguments
 
 
-def parse(argv=None):
-    """-> the arguments, and the checkpoint to go on from, or None. Raises ValueError."""
-    argv = sys.argv[1:] if argv is None else argv
+def flags():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
@@ -177,6 +175,16 @@ def parse(argv=None):
     p.add_argument("--seed", type=data.seed, default=0)
     p.add_argument("--deterministic", action=yes_no, default=False, help="slower on a GPU")
     p.add_argument("--device", type=data.device, default=data.default_device())
+    return p
+
+
+def parse(argv=None):
+    """-> the arguments, and the checkpoint to go on from, or None. Raises ValueError.
+
+    What is typed overrides the preset, or the arguments of the resumed checkpoint.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    p = flags()
     first, _ = p.parse_known_args(argv)
     checkpoint = find_checkpoint(first) if first.resume else None
     if checkpoint:
