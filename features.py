@@ -7,7 +7,8 @@ Every name is a drift problem of its own: it has its own scale, and the losses o
 added, so that encoders mix without weights. Nothing here is needed to sample. --encoder of train.py
 takes one of these, or several separated by commas:
 
-    pixels              the image as one vector, pooled copies, windows, edges; always included
+    pixels              the image as one vector, always included; pooled copies, windows and edges
+                        by --pools, --windows and --edges
     mae                 a ResNet-MAE that train.py trains on the data first
     FILE.pt             a ResNet-MAE, the paper's own encoder, as trained by mae.py
     hf://mae_pixel_640  one that the authors have released, or a local folder with it
@@ -68,8 +69,9 @@ def pixels(images, pools=(), windows=()):
 
 
 def edges(images):
-    """How strongly an image changes in 8 directions, in windows `edges_4` [B, l, 128] and as a
-    whole `edges` [B, 1, 8 (H / 4)^2]; images [B, C, H, W], H = W.
+    """How strongly an image changes in 8 directions, per cell of 2 x 2 pixels: as a whole, averaged
+    over 2 x 2 cells, `edges` [B, 1, 8 (H / 4)^2], and in windows of 4 x 4 cells, that is 8 x 8
+    pixels, every 4 pixels, `edges_4` [B, l, 128]; images [B, C, H, W], H = W.
 
     Most of what tells two windows of pixels apart is their colour; where an outline runs, and which
     way, is lost in it. These are its differences of brightness alone, split by direction and
@@ -87,7 +89,7 @@ def edges(images):
     angles = [i * math.pi / 4 for i in range(8)]
     along = [F.relu(right * math.cos(angle) + down * math.sin(angle)) for angle in angles]
     strength = F.avg_pool2d(torch.cat(along, dim=1), 2)  # [B, 8, H / 2, W / 2]
-    strength = (strength + 0.01).sqrt()
+    strength = (strength + 0.01).sqrt()  # the slope of a root is infinite at zero
     whole = F.avg_pool2d(strength, 2).flatten(1).unsqueeze(1)
     return {"edges": whole, "edges_4": cut_windows(strength, 4)}
 
@@ -169,11 +171,11 @@ class Timm(nn.Module):
         n = len(info)  # stages, or the many equal blocks of a transformer
         # Networks of stages have four to six; a transformer lists its twelve or more blocks, and
         # the raw tokens between these have a few channels of huge numbers.
-        self.last = n > 6
-        self.take = [n - 1] if self.last else list(range(n))
+        self.only_last = n > 6
+        self.take = [n - 1] if self.only_last else list(range(n))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
-        self.blocks = hasattr(self.net, "forward_intermediates")
-        if not self.blocks:
+        self.has_intermediates = hasattr(self.net, "forward_intermediates")
+        if not self.has_intermediates:
             self.net = timm.create_model(name, pretrained, features_only=True, **kwargs)
 
     def features(self, images):
@@ -183,11 +185,11 @@ class Timm(nn.Module):
         x = ((x + 1) / 2 - self.mean) / self.std
         maps = {"norm_x": norm_x(x)}
         x = x.to(next(self.net.parameters()).dtype)  # bf16 on a GPU
-        if not self.blocks:
+        if not self.has_intermediates:
             return maps | {f"stage{i + 1}": f for i, f in enumerate(self.net(x))}
         kwargs = {"return_prefix_tokens": True} if self.prefix else {}
         blocks = self.net.forward_intermediates(
-            x, indices=self.take, norm=self.last, intermediates_only=True, **kwargs
+            x, indices=self.take, norm=self.only_last, intermediates_only=True, **kwargs
         )
         for i, f in zip(self.take, blocks, strict=True):
             if self.prefix:
@@ -223,7 +225,7 @@ class ConvNeXtV2(Timm):
             )
             feats[f"convenxt_stage_{i}_mean"] = mean
             feats[f"convenxt_stage_{i}_std"] = std
-        # The last std counts twice, officially.
+        # global_std is that of the last stage once more, as in the official code.
         pooled = self.net.head.norm(x.mean((2, 3), keepdim=True))
         return feats | {"global_mean": pooled.flatten(2).mT, "global_std": std}
 
@@ -260,8 +262,9 @@ class Encoder(nn.Module):
     """Frozen encoders as one function, images [B, C, H, W] in [-1, 1] -> {name: [B, l, C]}.
 
     Gradients reach the images. spec: names separated by commas, see the top of this file; channels,
-    size: of the images; pools, windows: of pixels(); outlines: edges(), too; input_size: of timm's
-    models, instead of their own; dtype: of the networks on CUDA. Raises ValueError with one line.
+    size: of the images; pools, windows: of pixels(); with_edges: those of edges(), too; input_size:
+    of timm's models, instead of their own; dtype: of the networks on CUDA. Raises ValueError with
+    one line.
     """
 
     def __init__(
@@ -271,7 +274,7 @@ class Encoder(nn.Module):
         size,
         pools=(),
         windows=(),
-        outlines=False,
+        with_edges=False,
         input_size=None,
         device="cpu",
         dtype=torch.bfloat16,
@@ -279,11 +282,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
-        self.pools, self.windows, self.outlines = pools, windows, outlines
-        self.of_pixels(torch.zeros(1, channels, size, size))  # complains of them now
+        self.pools, self.windows, self.with_edges = pools, windows, with_edges
+        self.of_pixels(
+            torch.zeros(1, channels, size, size)
+        )  # pools and windows that do not fit raise now
         self.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cuda":
-            # Frozen weights need no float32 for the sake of small steps. On a CPU both are slower.
+            # float32 would keep small steps of the weights, and these take none. On a CPU bf16 and
+            # channels_last are slower.
             for net in self.nets:
                 if isinstance(net, ConvNeXtV2):
                     continue  # its standard deviations want float32, as officially
@@ -292,7 +298,7 @@ class Encoder(nn.Module):
 
     def of_pixels(self, images):
         feats = pixels(images, self.pools, self.windows)
-        return feats | edges(images) if self.outlines else feats
+        return feats | edges(images) if self.with_edges else feats
 
     def forward(self, images):
         feats = self.of_pixels(images)

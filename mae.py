@@ -1,13 +1,16 @@
 """
 The paper's ResNet-MAE, the encoder in whose features the drift is measured, and its training.
 
-Half of the patches of an image are hidden, and a U-Net has to fill them in; what its encoder has
-learnt to see is the feature space. In the last steps a linear classifier may join on top. The
-average of the weights is what is saved.
+About half of an image is hidden, in squares of 2 x 2 locations of `patch` x `patch` pixels, and a
+U-Net has to fill it in; what its encoder has learnt to see is the feature space. In the last steps
+a linear classifier may join on top. The average of the weights is what is saved.
 
 $ python mae.py --dataset cifar10 --out mae_cifar10.pt
-$ torchrun --standalone --nproc_per_node=8 mae.py --width 64 --patch 1 --steps 20000
 $ python train.py --dataset cifar10 --encoder mae_cifar10.pt
+
+What `train.py --encoder mae` trains first on a GPU, on eight
+$ torchrun --standalone --nproc_per_node=8 mae.py --width 64 --patch 1 --layers 3 4 6 3 \
+      --steps 20000 --batch 512
 
 The paper's for its ablation, on latents with random crops by `python data.py encode`
 $ torchrun --standalone --nproc_per_node=8 mae.py --dataset latents:latents --width 256 --patch 1 \
@@ -37,25 +40,25 @@ def norm_x(x):
     return (x.square().mean((2, 3)) + 1e-6).sqrt().unsqueeze(1)
 
 
-def group_norm(channels, least):
-    """Up to 32 groups, as officially, but of at least so many channels."""
-    most = max(1, min(32, channels // least))
+def group_norm(channels, per_group):
+    """Up to 32 groups, as officially, but of at least so many channels each."""
+    most = max(1, min(32, channels // per_group))
     groups = max(g for g in range(1, most + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def conv_norm(c_in, c_out, least, kernel=3, stride=1):
+def conv_norm(c_in, c_out, per_group, kernel=3, stride=1):
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, group_norm(c_out, least))
+    return nn.Sequential(conv, group_norm(c_out, per_group))
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, c_in, c_out, least, stride):
+    def __init__(self, c_in, c_out, per_group, stride):
         super().__init__()
-        self.conv1 = conv_norm(c_in, c_out, least, 3, stride)
-        self.conv2 = conv_norm(c_out, c_out, least)
+        self.conv1 = conv_norm(c_in, c_out, per_group, 3, stride)
+        self.conv2 = conv_norm(c_out, c_out, per_group)
         same = c_in == c_out and stride == 1
-        self.skip = nn.Identity() if same else conv_norm(c_in, c_out, least, 1, stride)
+        self.skip = nn.Identity() if same else conv_norm(c_in, c_out, per_group, 1, stride)
 
     def forward(self, x):
         return F.relu(self.conv2(F.relu(self.conv1(x))) + self.skip(x))
@@ -66,7 +69,8 @@ class MAE(nn.Module):
 
     channels, size: of the images; width: C of the first stage, 2C, 4C, 8C of the others; patch:
     pixels along each side of a patch that becomes one location; group: channels that GroupNorm
-    takes together at least. Raises ValueError for images that the strides do not fit.
+    takes together at least. The defaults of patch, layers and group are the paper's. Raises
+    ValueError for images that the strides do not fit.
     """
 
     def __init__(
@@ -189,7 +193,7 @@ def load_same(path, plan):
     average, checkpoint = load_mae(path)
     old = checkpoint.get("plan", {})
     if not plan["cls_steps"]:
-        old = old | {"num_classes": plan["num_classes"]}  # of which it has not been told
+        old = old | {"num_classes": plan["num_classes"]}  # without a classifier it changes nothing
     other = [f"{k} {v}" for k, v in old.items() if v != plan.get(k)]
     if other:
         how = "name another file, or delete it"
@@ -204,7 +208,7 @@ def train_mae(
     width=32,
     patch=2,
     layers=(2, 2, 2, 2),
-    group=8,
+    group=8,  # a channel alone would forget how strong an image's contrast is
     steps=1000,
     cls_steps=0,
     batch=128,
@@ -229,6 +233,7 @@ def train_mae(
     net, start = MAE(C, size, width, patch, layers, num_classes, group), 0
     plan = net.config | dict(steps=steps, cls_steps=cls_steps, batch=batch, lr=lr, warmup=warmup)
     plan |= dict(ema=ema, seed=seed)
+    # so that a file is not gone on with on another data set
     plan["data"] = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
     average = deepcopy(net)
     if path.exists():
@@ -318,14 +323,22 @@ def compare_with_pixels(net, train, train_labels, test, test_labels, device):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--dataset", default="cifar10", help="as of train.py; latents:DIR: its crops")
+    p.add_argument(
+        "--dataset",
+        default="cifar10",
+        help="cifar10, mnist, fashion, digits, or a PATH as of train.py",
+    )
     p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
     p.add_argument("--size", type=data.positive_int, help="image size, if not the set's own")
     p.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, help="mirror half; else, photos only"
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the images; if not given: of photos",
     )
     p.add_argument("--width", type=data.positive_int, default=32, help="channels of stage one")
-    p.add_argument("--patch", type=data.positive_int, default=2, help="pixels of a location")
+    p.add_argument(
+        "--patch", type=data.positive_int, default=2, help="a location is so many pixels wide"
+    )
     p.add_argument(
         "--layers", type=data.positive_int, nargs=4, default=[2, 2, 2, 2], help="paper: 3 4 6 3"
     )
@@ -334,12 +347,12 @@ def main():
         "--cls_steps",
         type=data.number(int, 0, 10**9),
         default=0,
-        help="last steps, with the classifier; theirs: 3000",
+        help="train a classifier, too, in so many last steps; theirs: 3000",
     )
     p.add_argument("--batch", type=data.positive_int, default=128, help="images, of all ranks")
     p.add_argument("--lr", type=data.number(float, 0, 1e6), default=2e-3)
     p.add_argument("--warmup", type=data.number(int, 0, 10**9), default=50, help="steps to --lr")
-    p.add_argument("--ema", type=data.share, default=0.9995)
+    p.add_argument("--ema", type=data.share, default=0.9995, help="decay of the weights' average")
     p.add_argument("--seed", type=data.seed, default=0)
     p.add_argument("--out", default="mae.pt", help="the encoder; goes on from it if it is there")
     p.add_argument("--device", type=data.device, default=data.default_device())

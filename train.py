@@ -4,7 +4,7 @@ Trains a one-step generator by drifting.
 Embedded digits, CPU or GPU, two minutes of two CPU cores: writes out.pt and samples.png
 $ python train.py
 
-CIFAR-10: at 16 x 16 in half an hour of a CPU; at 32 x 32 on one GPU, or eight
+CIFAR-10: at 16 x 16 in twenty minutes of a CPU; at 32 x 32 on one GPU, or eight
 $ python train.py --dataset cifar10-16
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
 
@@ -18,7 +18,7 @@ The drift measured in the features of an encoder trained on the data and of a fo
 $ python train.py --dataset cifar10 --encoder mae,dinov2
 
 More samples than fit the memory at once; the gradient is the same
-$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128 --label_batch 2
+$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128 --label_batch 1
 
 The paper's ImageNet recipes, on what `python data.py encode` has written: see docs/imagenet.md
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset imagenet-latent-ablation:latents
@@ -67,7 +67,7 @@ PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5
 PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
 SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # for two CPU cores
 MNIST = SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32)
-PRESETS = {  # what differs from the defaults of parse()
+PRESETS = {  # what differs from the defaults of flags()
     "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
     | dict(muon=0.02, n_pos=128, alpha_one=0.85),
     "mnist": MNIST,
@@ -91,7 +91,7 @@ PRESETS = {  # what differs from the defaults of parse()
     "imagenet-pixel-B": PIXEL | dict(model="B", lr=2e-4),
     "imagenet-pixel-L": PIXEL | dict(model="L", lr=4e-4),
 }
-# a resumed run keeps these
+# what a resumed run may not change
 FIXED = ("dataset", "size", "encoder", "pools", "windows", "edges", "model", "patch")
 N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
 N_FID = 10000
@@ -105,6 +105,7 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
     positive_int, number, share = data.positive_int, data.number, data.share
+    rate, count = number(float, 0, 1e6), number(int, 0, 10**6)
     p.add_argument(
         "--dataset",
         default="digits",
@@ -117,34 +118,41 @@ def flags():
     p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
     p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
     p.add_argument(
-        "--pools", type=positive_int, nargs="*", default=[], help="image averaged over k x k pixels"
+        "--pools",
+        type=positive_int,
+        nargs="*",
+        default=[],
+        help="drift of k x k means, too",
     )
     p.add_argument(
-        "--windows", type=positive_int, nargs="*", default=[], help="drift of k x k pixels, too"
+        "--windows",
+        type=positive_int,
+        nargs="*",
+        default=[],
+        help="drift of windows of k x k, too",
     )
-    p.add_argument("--edges", action=yes_no, default=False, help="drift of outlines, too")
+    p.add_argument("--edges", action=yes_no, default=False, help="drift of edges by direction, too")
     p.add_argument("--init", help="generator to start from, as of sample.py")
     p.add_argument("--model", default="tiny", help=", ".join(SIZES))
-    p.add_argument("--patch", type=positive_int, default=4, help="in pixels")
+    p.add_argument("--patch", type=positive_int, default=4, help="of the generator, in pixels")
     p.add_argument("--steps", type=positive_int, default=600, help="in all, resumed ones included")
-    p.add_argument("--lr", type=number(float, 0, 1e6), default=3e-3, help="learning rate")
-    p.add_argument("--muon", type=number(float, 0, 1e6), default=0.0, help="rate of Muon; 0: none")
+    p.add_argument("--lr", type=rate, default=3e-3, help="learning rate")
+    p.add_argument("--muon", type=rate, default=0.0, help="rate of Muon; 0: AdamW alone")
+    p.add_argument("--warmup", type=count, default=50, help="steps to the full --lr")
     p.add_argument(
-        "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
+        "--decay", type=share, default=0.4, help="last share of the steps, lr falls to 0"
     )
-    p.add_argument("--decay", type=share, default=0.4, help="last share of the steps, with lr to 0")
-    p.add_argument(
-        "--wd", type=number(float, 0, 1e6), default=0.01, help="weight decay, of all parameters"
-    )
+    p.add_argument("--wd", type=rate, default=0.01, help="weight decay, of all parameters")
     p.add_argument("--ema", type=share, default=0.99, help="decay of the average of the weights")
     p.add_argument(
-        "--labels", type=number(int, 1, 10**5), default=10, help="of a step, on all ranks"
+        "--labels",
+        type=positive_int,
+        default=10,
+        help="in a step, a multiple of the ranks",
     )
     p.add_argument("--n_gen", type=number(int, 2, 10**6), default=32, help="samples per label")
-    p.add_argument("--n_pos", type=number(int, 1, 10**6), default=32, help="real images per label")
-    p.add_argument(
-        "--n_unc", type=number(int, 0, 10**6), default=8, help="real images of any class, a label"
-    )
+    p.add_argument("--n_pos", type=positive_int, default=32, help="real images per label")
+    p.add_argument("--n_unc", type=count, default=8, help="real images of any class, for guidance")
     p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
     p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
     p.add_argument(
@@ -152,17 +160,27 @@ def flags():
         type=number(float, 1e-6, 1e6),
         nargs="+",
         default=list(drift.TAUS),
-        help="widths of the kernel",
+        help="kernel widths, in units of the mean distance",
     )
-    p.add_argument("--iters", type=number(int, 1, 1000), default=2, help="Sinkhorn steps")
-    p.add_argument("--floor", type=share, default=0.0, help="least softmax product; official: 1e-6")
-    p.add_argument("--alpha_max", type=number(float, 1, 1000), default=4.0, help="guidance up to")
     p.add_argument(
-        "--alpha_k", type=number(float, -10, 10), default=3.0, help="its density falls as alpha^-k"
+        "--iters",
+        type=number(int, 1, 1000),
+        default=2,
+        help="averages of the softmaxes; Algorithm 2: 1",
     )
-    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels at alpha 1")
-    p.add_argument("--compile", action=yes_no, help="if not given: on CUDA")
-    p.add_argument("--log_every", type=positive_int, default=100, help="steps")
+    p.add_argument("--floor", type=share, default=0.0, help="least softmax product; official: 1e-6")
+    p.add_argument(
+        "--alpha_max",
+        type=number(float, 1, 1000),
+        default=4.0,
+        help="guidance is drawn from 1 to this",
+    )
+    p.add_argument(
+        "--alpha_k", type=number(float, -10, 10), default=3.0, help="with a density of alpha^-k"
+    )
+    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels without")
+    p.add_argument("--compile", action=yes_no, help="by torch.compile; if not given: on CUDA")
+    p.add_argument("--log_every", type=positive_int, default=100, help="steps to a line of the log")
     p.add_argument(
         "--eval_every", type=positive_int, default=1000, help="steps to scores and files"
     )
@@ -171,7 +189,9 @@ def flags():
     p.add_argument("--out", default="out.pt", help="checkpoint; beside it the log, out.jsonl")
     p.add_argument("--wandb", help="project of Weights & Biases that gets the log, too")
     p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
-    p.add_argument("--stop_after", type=positive_int, help="end at this step of the plan")
+    p.add_argument(
+        "--stop_after", type=positive_int, help="end at this step; the plan stays of --steps"
+    )
     p.add_argument("--seed", type=data.seed, default=0)
     p.add_argument("--deterministic", action=yes_no, default=False, help="slower on a GPU")
     p.add_argument("--device", type=data.device, default=data.default_device())
@@ -329,37 +349,35 @@ def generate(forward, part):
 
 
 @torch.no_grad()
-def encode_all(encode, size, *sets):
-    """Features of several sets of images [l, n, C, H, W], a dictionary of each; by parts of `size`
-    at most."""
+def encode_all(encode, n_samples, *sets):
+    """Features of several sets of images [l, n, C, H, W], a dictionary of each; of at most so many
+    images at a time."""
     images = torch.cat([images.flatten(0, 1) for images in sets])
-    size = part_size(len(images), size)
-    missing = images.new_zeros(-len(images) % size, *images.shape[1:])  # one shape to compile
-    parts = [encode(part) for part in torch.cat([images, missing]).split(size)]
+    n_samples = part_size(len(images), n_samples)
+    missing = images.new_zeros(-len(images) % n_samples, *images.shape[1:])  # one shape to compile
+    parts = [encode(part) for part in torch.cat([images, missing]).split(n_samples)]
     f = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
     counts = [images.shape[0] * images.shape[1] for images in sets]
     cut = {name: v[: sum(counts)].split(counts) for name, v in f.items()}
     return [{name: v[i] for name, v in cut.items()} for i in range(len(sets))]
 
 
-def images_gradient(x, pos, unc, alpha, encode, args, size, whole=(None, None)):
+def images_gradient(x, pos, unc, alpha, encode, args, n_samples, whole=(None, None)):
     """The gradient of the loss with respect to images x [l * N, C, H, W], and stats of the drift.
 
     The drift needs the features of all images, and is a constant then. So every part of x is
     encoded without gradient, for the drift, and again with it; of the last part, once is enough.
     """
-    *parts, last = (part.requires_grad_() for part in x.split(size))
-    fp, fu = encode_all(encode, size, pos, unc)
+    *parts, last = (part.requires_grad_() for part in x.split(n_samples))
+    fp, fu = encode_all(encode, n_samples, pos, unc)
     with torch.no_grad():
         fx = [encode(part) for part in parts]
     f_last = encode(last)
     fx = {name: torch.cat([*(f.pop(name) for f in fx), f_last[name]]) for name in f_last}
-    # The loss is about the same number in every step, because each field is normalised by its own
-    # size. Whether training works shows in the raw drift, which comes near that of real images.
     field = args.taus, args.iters, args.floor
     V, weight, stats = drift.features_drift(fx, fp, fu, alpha, *field, whole)
-    del fx, fp, fu
-    *V, V_last = V.split(size)
+    del fx, fp, fu  # the largest tensors of a step
+    *V, V_last = V.split(n_samples)
     dx_last = torch.autograd.grad(drift.regress(f_last, V_last, weight), last)
     del f_last
     dx = []
@@ -368,34 +386,35 @@ def images_gradient(x, pos, unc, alpha, encode, args, size, whole=(None, None)):
     return torch.cat([*dx, *dx_last]), by_encoder(stats)
 
 
-def encode_labels(parts, encode, size):
+def encode_labels(parts, encode, n_samples):
     """Features of every part (x, pos, unc, alpha) of the labels, for drift.sums_of_parts()."""
     for *images, alpha in parts:
-        yield *encode_all(encode, size, *images), alpha
+        yield *encode_all(encode, n_samples, *images), alpha
 
 
-def images_gradient_by_labels(x, pos, unc, alpha, encode, args, size, n):
-    """The same for n labels at a time, exactly: the features of no more have to be held.
+def images_gradient_by_labels(x, pos, unc, alpha, encode, args, n_samples, n_labels):
+    """The same for so many labels at a time, exactly: the features of no more have to be held.
 
     They are computed for the mean distances, again for the mean drift, and again for the targets.
     """
-    if n == len(alpha):
-        return images_gradient(x, pos, unc, alpha, encode, args, size)
+    if n_labels == len(alpha):
+        return images_gradient(x, pos, unc, alpha, encode, args, n_samples)
     sets = x.unflatten(0, (len(alpha), -1)), pos, unc, alpha
-    parts = list(zip(*(t.split(n) for t in sets), strict=True))
+    parts = list(zip(*(t.split(n_labels) for t in sets), strict=True))
     field = args.taus, args.iters, args.floor
-    whole = drift.sums_of_parts(partial(encode_labels, parts, encode, size), *field)
+    whole = drift.sums_of_parts(partial(encode_labels, parts, encode, n_samples), *field)
     dx = []
     for x_n, *rest in parts:
-        d, stats = images_gradient(x_n.flatten(0, 1), *rest, encode, args, size, whole)
+        # with whole, the stats of every part are those of all
+        d, stats = images_gradient(x_n.flatten(0, 1), *rest, encode, args, n_samples, whole)
         dx.append(d / len(parts))  # the loss is a mean over groups
     return torch.cat(dx), stats
 
 
-def gradient(batch, args, forward, encode, n, size):
+def gradient(batch, args, forward, encode, n_labels, n_samples):
     """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
 
-    batch: of draw_batch(). n: labels of a part, size: samples of a part.
+    batch: of draw_batch(). n_labels, n_samples: how many of this rank's are worked on at a time.
 
     The drift acts on images, so the step is cut there: images of all parts, the gradient of the
     loss with respect to them, and part by part that of the generator. The graph of the last part is
@@ -403,13 +422,13 @@ def gradient(batch, args, forward, encode, n, size):
     """
     label, alpha, pos, unc, noise, style = batch
     inputs = noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen)
-    *parts, last = zip(*(t.split(size) for t in inputs), strict=True)
+    *parts, last = zip(*(t.split(n_samples) for t in inputs), strict=True)
     with torch.no_grad():
         x = [generate(forward, part) for part in parts]
     x_last = generate(forward, last)
     x = torch.cat([*x, x_last.detach()])
-    dx, stats = images_gradient_by_labels(x, pos, unc, alpha, encode, args, size, n)
-    *dx, dx_last = dx.split(size)
+    dx, stats = images_gradient_by_labels(x, pos, unc, alpha, encode, args, n_samples, n_labels)
+    *dx, dx_last = dx.split(n_samples)
     x_last.backward(dx_last)
     for part, d in zip(parts, dx, strict=True):
         generate(forward, part).backward(d)
@@ -476,7 +495,7 @@ def divisor(n, most):
 def choose_parts(args, labels, model, encode):
     """Labels and samples of a part, of this rank's labels: --label_batch and --micro_batch, or by
     the free memory of a GPU; elsewhere all."""
-    n, size = args.label_batch or labels, args.micro_batch or labels * args.n_gen
+    n_labels, n_samples = args.label_batch or labels, args.micro_batch or labels * args.n_gen
     if args.device.type == "cuda":
         few = part_size(labels * args.n_gen, 16)
         held = torch.cuda.memory_allocated()
@@ -491,11 +510,13 @@ def choose_parts(args, labels, model, encode):
         # For all samples of a part the drift holds a handful of numbers for each of their features.
         per_sample = 6 + 2 * len(args.taus) + 2 * (args.n_pos + args.n_unc) / args.n_gen
         drift_bytes = 4 * numbers * args.n_gen * per_sample  # of a label
-        free = 0.9 * torch.cuda.mem_get_info()[0] - 2**32  # what comes and goes
-        n = divisor(labels, args.label_batch or int(0.8 * free / drift_bytes))
-        size = args.micro_batch or int((free - n * drift_bytes) / activations)
-    n = divisor(labels, n)  # equal parts, so that the mean of theirs is that of all
-    return n, part_size(n * args.n_gen, size)
+        # 10% and 4 GB are left for what comes and goes. No GPU has tried these estimates, which
+        # --label_batch and --micro_batch overrule.
+        free = 0.9 * torch.cuda.mem_get_info()[0] - 2**32
+        n_labels = divisor(labels, args.label_batch or int(0.8 * free / drift_bytes))
+        n_samples = args.micro_batch or int((free - n_labels * drift_bytes) / activations)
+    n_labels = divisor(labels, n_labels)  # equal parts, so that the mean of theirs is that of all
+    return n_labels, part_size(n_labels * args.n_gen, n_samples)
 
 
 @contextmanager
@@ -579,7 +600,7 @@ class Scores:
         self.args = args
         self.out = Path(args.out).with_name("samples.png")
         self.shown = images.shape[1] in (1, 3)
-        self.best = {}
+        self.of_real = {}
         self.vae = None
         if args.fid_every:
             if args.floats:
@@ -597,8 +618,8 @@ class Scores:
             data.say(f"no pictures of {images.shape[1]} channels; --vae decodes latents for them")
         half = min(N_EVAL, n // 2)
         a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
-        self.best = fid.scores(*a, *b)
-        self.best_of = f"({half} real, against {n - half} others)"
+        self.of_real = fid.scores(*a, *b)
+        self.real_text = f"({half} real, against {n - half} others)"
         if args.fid_every:
             self.reference = fid.reference(images, args.dataset, self.inception, args.data_dir)
 
@@ -632,7 +653,7 @@ class Scores:
         score = fid.scores(data.to_float(fake), label, self.real, self.labels)
         real = f"{len(fake)} at alpha 1, against {len(self.real)} real"
         data.say(f"{step:6d}  {fid.score_text(score)}  ({real})")
-        data.say(f"  real  {fid.score_text(self.best)}  {self.best_of}")
+        data.say(f"  real  {fid.score_text(self.of_real)}  {self.real_text}")
         return score
 
     def print_fid(self, step, ema):
@@ -837,23 +858,23 @@ def tidy(args, checkpoint):
             os.replace(out, f"{out}.damaged")
 
 
-def announce(args, images, names, params, n, size):
+def announce(args, images, names, params, n_labels, n_samples):
     data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
     data.say(f"{len(images):,} images of {len(names)} classes, {data.world_size()} x {args.device}")
     parameters = sum(p.numel() for p in params) / 1e6
     plan = f"{args.labels} x {args.n_gen} samples a step"
-    parts = f"{n} labels and {size} samples at a time on a rank"
+    parts = f"{n_labels} labels and {n_samples} samples at a time on a rank"
     data.say(f"{parameters:.2f}M parameters, {plan}, {parts}")
 
 
 @torch.no_grad()
-def real_drift(args, mine, sampler, encode, size):
+def real_drift(args, mine, sampler, encode, n_samples):
     """Stats of the drift of real images in the place of samples: what it can fall to at alpha 1."""
     label = torch.arange(args.labels, device=sampler.home) % len(sampler.count)
     generator = torch.Generator(sampler.home).manual_seed(0)
     both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
     x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-    fx, fp, fu = encode_all(encode, size, x, pos, unc)
+    fx, fp, fu = encode_all(encode, n_samples, x, pos, unc)
     one = torch.ones(len(x), device=sampler.device)
     stats = drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
     return by_encoder(stats)
@@ -862,7 +883,7 @@ def real_drift(args, mine, sampler, encode, size):
 def main(argv=None):
     args, checkpoint = parse(argv)
     stop = Stop()
-    torch.set_flush_denormal(True)  # as exp() of far pairs gives, slow on some CPUs
+    torch.set_flush_denormal(True)  # exp() of far pairs gives some, slow on some CPUs
     data.start_ranks(args.device)
     world, device = data.world_size(), args.device
     if args.labels % world:
@@ -891,17 +912,17 @@ def main(argv=None):
     mine = slice(data.rank() * per_rank, (data.rank() + 1) * per_rank)  # this rank's labels
     forward, compiled = model, device.type == "cuda" if args.compile is None else args.compile
     with enough_memory(args, "before the first step"):
-        n, size = choose_parts(args, per_rank, model, encode)
+        n_labels, n_samples = choose_parts(args, per_rank, model, encode)
         if compiled:
             forward = torch.compile(model, dynamic=False)
             encode = torch.compile(encode, dynamic=False)
-            # normalised_drift() looks it up by name; its groups are as many as locations
+            # where normalised_drift() finds it; dynamic, as features differ in their groups
             drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
-        announce(args, images, names, params, n, size)
-        real = {f"real_{name}": score for name, score in scores.best.items()}
+        announce(args, images, names, params, n_labels, n_samples)
+        real = {f"real_{name}": score for name, score in scores.of_real.items()}
         if sampler.fewest >= args.n_gen + args.n_pos:
-            some = slice(mine.start, mine.start + n)  # as many labels as are held at a time
-            stats = real_drift(args, some, sampler, encode, size)
+            some = slice(mine.start, mine.start + n_labels)  # as many as are held at a time
+            stats = real_drift(args, some, sampler, encode, n_samples)
             data.say(f"  real  {drift_text(stats, args.taus)}")
             real |= drift_numbers(stats, args.taus, "real_")
         log.write(step=start, **real)
@@ -916,18 +937,19 @@ def main(argv=None):
     for step, batch in one_ahead(draw, start, end, sampler.home != device):
         done = step + 1
         with enough_memory(args, f"step {done}"):
-            stats = gradient(batch, args, forward, encode, n, size)
-        norm, told = update(step, args, params, averages, optimizers, stop.signal)
+            stats = gradient(batch, args, forward, encode, n_labels, n_samples)
+        norm, told_to_stop = update(step, args, params, averages, optimizers, stop.signal)
         total = {name: total.get(name, 0) + row for name, row in stats.items()}
         skipped = count_skipped(skipped, norm)
 
+        # full: scores and a checkpoint are due; measure: FID; tell: a line of the log
         full = done % args.eval_every == 0 or done == end
         measure = args.fid_every and done % args.fid_every == 0
         tell = done % args.log_every == 0 or done == start + 1 or full
         look = tell or measure or done % 10 == 0  # to look is to wait for the GPU
         if not look and world > 1 and device.type != "cpu":
             continue
-        stopping = bool(told)
+        stopping = bool(told_to_stop)
         if look and skipped[2] >= 10:
             kept = f"{args.out} keeps the last checkpoint; lower --lr {args.lr:g}"
             sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
