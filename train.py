@@ -105,7 +105,7 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     yes_no = argparse.BooleanOptionalAction
     positive_int, number, share = data.positive_int, data.number, data.share
-    rate, count = number(float, 0, 1e6), number(int, 0, 10**6)
+    rate = number(float, 0, 1e6)
     p.add_argument(
         "--dataset",
         default="digits",
@@ -118,18 +118,10 @@ def flags():
     p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
     p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
     p.add_argument(
-        "--pools",
-        type=positive_int,
-        nargs="*",
-        default=[],
-        help="drift of k x k means, too",
+        "--pools", type=positive_int, nargs="*", default=[], help="drift of k x k means, too"
     )
     p.add_argument(
-        "--windows",
-        type=positive_int,
-        nargs="*",
-        default=[],
-        help="drift of windows of k x k, too",
+        "--windows", type=positive_int, nargs="*", default=[], help="drift of windows of k x k, too"
     )
     p.add_argument("--edges", action=yes_no, default=False, help="drift of edges by direction, too")
     p.add_argument("--init", help="generator to start from, as of sample.py")
@@ -138,7 +130,9 @@ def flags():
     p.add_argument("--steps", type=positive_int, default=600, help="in all, resumed ones included")
     p.add_argument("--lr", type=rate, default=3e-3, help="learning rate")
     p.add_argument("--muon", type=rate, default=0.0, help="rate of Muon; 0: AdamW alone")
-    p.add_argument("--warmup", type=count, default=50, help="steps to the full --lr")
+    p.add_argument(
+        "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
+    )
     p.add_argument(
         "--decay", type=share, default=0.4, help="last share of the steps, lr falls to 0"
     )
@@ -146,13 +140,18 @@ def flags():
     p.add_argument("--ema", type=share, default=0.99, help="decay of the average of the weights")
     p.add_argument(
         "--labels",
-        type=positive_int,
+        type=number(int, 1, 10**5),
         default=10,
         help="in a step, a multiple of the ranks",
     )
     p.add_argument("--n_gen", type=number(int, 2, 10**6), default=32, help="samples per label")
-    p.add_argument("--n_pos", type=positive_int, default=32, help="real images per label")
-    p.add_argument("--n_unc", type=count, default=8, help="real images of any class, for guidance")
+    p.add_argument("--n_pos", type=number(int, 1, 10**6), default=32, help="real images per label")
+    p.add_argument(
+        "--n_unc",
+        type=number(int, 0, 10**6),
+        default=8,
+        help="real images of any class, for guidance",
+    )
     p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
     p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
     p.add_argument(
@@ -176,9 +175,12 @@ def flags():
         help="guidance is drawn from 1 to this",
     )
     p.add_argument(
-        "--alpha_k", type=number(float, -10, 10), default=3.0, help="with a density of alpha^-k"
+        "--alpha_k",
+        type=number(float, -10, 10),
+        default=3.0,
+        help="whose density falls as alpha^-k",
     )
-    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels without")
+    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels without guidance")
     p.add_argument("--compile", action=yes_no, help="by torch.compile; if not given: on CUDA")
     p.add_argument("--log_every", type=positive_int, default=100, help="steps to a line of the log")
     p.add_argument(
