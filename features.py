@@ -283,9 +283,8 @@ class Encoder(nn.Module):
         self.names = [name for name in spec.split(",") if name not in ("pixels", "")]
         self.nets = nn.ModuleList(build(name, channels, size, input_size) for name in self.names)
         self.pools, self.windows, self.with_edges = pools, windows, with_edges
-        self.of_pixels(
-            torch.zeros(1, channels, size, size)
-        )  # pools and windows that do not fit raise now
+        # what does not fit the image size raises now, not in the first step
+        self.of_pixels(torch.zeros(1, channels, size, size))
         self.requires_grad_(False).eval().to(device)
         if torch.device(device).type == "cuda":
             # float32 would keep small steps of the weights, and these take none. On a CPU bf16 and
