@@ -6,15 +6,11 @@ The generator of "Generative Modeling via Drifting": a DiT, from noise to image 
     label  [B]            class
     alpha  [B]            guidance strength; trained on a range, so that guidance costs nothing
 
-There is no time step and no second pass. The architecture is that of the official JAX code, so that
-its weights fit:
-$ python sample.py --ckpt hf://pixel_B_sota --classes 207 360 --n 8
+The architecture is that of the official JAX code, whose weights fit: see imagenet/README.md.
 """
 
 import math
-import zipfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -48,10 +44,6 @@ class DiTConfig:
         """The configuration of a size in SIZES; kwargs: input_size, in_channels and the like."""
         width, depth, heads, tokens = SIZES[name]
         return cls(hidden_size=width, depth=depth, num_heads=heads, n_cls_tokens=tokens, **kwargs)
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
 
 
 def sinusoid(alpha, dim=256):
@@ -111,8 +103,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width):
         super().__init__()
-        hidden = int(4 * width * 2 / 3)  # 2/3: three matrices cost as much as the two of an MLP
-        hidden = math.ceil(hidden / 32) * 32
+        hidden = math.ceil(8 * width // 3 / 32) * 32  # as costly as an MLP of 4 width
         self.w13 = nn.Linear(width, 2 * hidden)  # w1 and w3, in one matrix product
         self.w2 = nn.Linear(hidden, width)
 
@@ -133,8 +124,8 @@ class Block(nn.Module):
     def forward(self, x, cond, cos, sin):
         modulation = self.adaln(F.silu(cond)).unsqueeze(1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class DiT(nn.Module):
@@ -144,31 +135,27 @@ class DiT(nn.Module):
         if c.input_size % c.patch_size:
             raise ValueError(f"images of {c.input_size} pixels have no patches of {c.patch_size}")
         width = c.hidden_size
-        cond_dim = c.cond_dim or width
+        cond = c.cond_dim or width
         patch_dim = c.in_channels * c.patch_size**2
-        self.label_embed = nn.Embedding(c.num_classes, cond_dim)
-        self.style_embed = nn.Embedding(c.noise_coords * c.noise_classes, cond_dim)
-        self.alpha_embed = nn.Sequential(
-            nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
-        )
-        self.alpha_norm = RMSNorm(cond_dim, eps=1e-6)
-
+        self.label_embed = nn.Embedding(c.num_classes, cond)
+        self.style_embed = nn.Embedding(c.noise_coords * c.noise_classes, cond)
+        self.alpha_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+        self.alpha_norm = RMSNorm(cond, eps=1e-6)
         self.patch_embed = nn.Linear(patch_dim, width)
         self.pos_embed = nn.Parameter(sincos_2d(width, c.input_size // c.patch_size))  # [1, HW, D]
-        self.cls_proj = nn.Linear(cond_dim, width)
+        self.cls_proj = nn.Linear(cond, width)
         self.cls_embed = nn.Parameter(torch.empty(1, c.n_cls_tokens, width))
-        self.blocks = nn.ModuleList(Block(width, c.num_heads, cond_dim) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(Block(width, c.num_heads, cond) for _ in range(c.depth))
         self.final_norm = RMSNorm(width, eps=1e-6)
-        self.final_adaln = nn.Linear(cond_dim, 2 * width)
+        self.final_adaln = nn.Linear(cond, 2 * width)
         self.final_proj = nn.Linear(width, patch_dim)
         self.add_rope()
         self.init_weights()
 
     def add_rope(self):
         """Rotary positions of the whole sequence, class tokens first; not in checkpoints."""
-        c = self.config
-        tokens = c.n_cls_tokens + self.pos_embed.shape[1]
-        cos, sin = rope_1d(c.hidden_size // c.num_heads, tokens)
+        tokens = self.cls_embed.shape[1] + self.pos_embed.shape[1]
+        cos, sin = rope_1d(self.config.hidden_size // self.config.num_heads, tokens)
         self.register_buffer("rope_cos", cos, persistent=False)  # [T, d]
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -196,10 +183,7 @@ class DiT(nn.Module):
         return self.label_embed(label) + styles + 0.02 * guidance
 
     def forward(self, noise, style, label, alpha):
-        """Images [B, C, H, W], about -1 to 1, not clamped; arguments as at the top of this file.
-
-        All randomness is in the arguments: the same arguments give the same images.
-        """
+        """Images [B, C, H, W], about -1 to 1, not clamped; equal arguments give equal images."""
         c = self.config
         p = c.patch_size
         cond = self.condition(style, label, alpha)  # [B, D]
@@ -210,27 +194,21 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, cond, self.rope_cos, self.rope_sin)
         shift, scale = self.final_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
-        x = self.final_proj(modulate(self.final_norm(x), shift, scale))
+        x = self.final_proj(self.final_norm(x) * (1 + scale) + shift)
         x = x[:, c.n_cls_tokens :]  # [B, HW, ppC]
-        grid = c.input_size // p
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=grid)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=c.input_size // p)
 
     def draw(self, n, generator):
         """noise and style of forward() for n images, from a torch.Generator, on its device."""
         c = self.config
-        shape = (n, c.in_channels, c.input_size, c.input_size)
-        styles = (n, c.noise_coords)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        style = torch.randint(c.noise_classes, styles, generator=generator, device=generator.device)
-        return noise, style
+        how = dict(generator=generator, device=generator.device)
+        noise = torch.randn(n, c.in_channels, c.input_size, c.input_size, **how)
+        return noise, torch.randint(c.noise_classes, (n, c.noise_coords), **how)
 
     @torch.no_grad()
     def generate(self, label, alpha, generator):
-        """Images [B, C, H, W], not clamped, of classes label [B], at guidance alpha, number or [B].
-
-        Image i is the same in any batch: it takes the next draw of the generator, alone.
-        """
-        draws = [self.draw(1, generator) for _ in label]
+        """Images, not clamped, of classes label [B], at guidance alpha, a number or [B]."""
+        draws = [self.draw(1, generator) for _ in label]  # image i is the same in any batch
         noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
         alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
         return self(noise, style, label, alpha.expand(len(label))).float()
@@ -241,42 +219,20 @@ class DiT(nn.Module):
         self.label_embed = nn.Embedding.from_pretrained(mean.repeat(n, 1), freeze=False)
         self.config = replace(self.config, num_classes=n)
 
-    @classmethod
-    def from_official(cls, source):
-        """The authors' generator, hf://NAME or a folder; ValueError or OSError of one line."""
-        import official  # here: the rest of this file needs no other
 
-        return official.load_generator(source)
-
-    @classmethod
-    def load(cls, source):
-        """A generator on the CPU, and the arguments that it was trained with, {} if unknown.
-
-        source: FILE.pt of train.py, whose EMA weights are taken; hf://USER/NAME or a folder of
-        sample.py --export; or what from_official() takes. Raises ValueError or OSError, one line.
-        """
-        on_hub = str(source).startswith("hf://")
-        if str(source).count("/") == 3 if on_hub else (Path(source) / "config.json").is_file():
-            import hub
-
-            return hub.load(source)
-        if on_hub or Path(source).is_dir():
-            return cls.from_official(source), {}
-        try:
-            checkpoint = load_checkpoint(source)
-            model = cls(DiTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["ema"])
-            return model, checkpoint["args"]
-        except FileNotFoundError:
-            raise ValueError(f"there is no checkpoint {source}: train.py writes one") from None
-        except Exception as error:  # what torch raises for a damaged file has no type in common
-            wrong = f"{source} is damaged or not a checkpoint of train.py"
-            raise ValueError(f"{wrong} ({type(error).__name__})") from None
+def load_net(path, build, weights):
+    """build(config) with the weights of a checkpoint, and the checkpoint. Raises ValueError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        net = build(checkpoint["config"])
+        net.load_state_dict(checkpoint[weights])
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # what torch raises for damaged files has no type in common
+        raise ValueError(f"{path} is damaged or of another kind ({type(error).__name__})") from None
+    return net, checkpoint
 
 
-def load_checkpoint(path):
-    """What torch.save has written, on the CPU; its checksums are compared, unlike by torch.load."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():
-            raise ValueError(f"{path} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load(path):
+    """The generator of a checkpoint, with its averaged weights, and the checkpoint."""
+    return load_net(path, lambda config: DiT(DiTConfig(**config)), "ema")

@@ -4,10 +4,10 @@ Muon, an optimiser for matrices: every step has singular values of about one (Jo
     B  <- momentum * B + G                  G is the gradient of a matrix
     W  <- W - lr * orthogonal(G + momentum * B)
 
-What Adam moves by the size of single numbers, this moves by directions: also those in which the
-gradient is small. The rest of a network (embeddings, norms, biases, the first and the last layer)
-is left to AdamW. torch.optim.Muon does the same in bfloat16, which a CPU without such instructions
-takes 15 times as long for; this is in the type of the weights.
+Adam sets the size of every single number's step; Muon sets that of every direction's, also of those
+in which the gradient is small. The rest of a network (embeddings, norms, biases, the first and the
+last layer) is left to AdamW. torch.optim.Muon does the same in bfloat16, which takes 15 times as
+long on a CPU without such instructions; this is in the type of the weights.
 """
 
 import torch
@@ -25,11 +25,7 @@ def orthogonal(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, of any shape; lr about 0.02. Weight decay is that of AdamW.
-
-    A step is left out where the tensor found_inf, an attribute that may be set, is 1, as by torch's
-    fused optimisers.
-    """
+    """For matrices, of any shape; lr about 0.02. Weight decay is that of AdamW."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -38,12 +34,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                good = 1 - getattr(self, "found_inf", torch.zeros((), device=p.device))
-                G = p.grad.nan_to_num(0, 0, 0) * good
                 B = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                B.mul_(torch.where(good > 0, group["momentum"], 1.0)).add_(G)
+                B.mul_(group["momentum"]).add_(p.grad)
                 # A matrix with more rows than columns has larger numbers, as all its columns are
                 # of length one: the original correction.
                 lr = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"] * good)
-                p.sub_(lr * good * orthogonal(G + group["momentum"] * B))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(lr * orthogonal(p.grad + group["momentum"] * B))

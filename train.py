@@ -1,306 +1,247 @@
 """
-Trains a one-step generator by drifting.
+Trains a one-step generator by drifting: writes out.pt, out.png (samples) and out.jsonl (log).
 
-Embedded digits, CPU or GPU, two minutes of two CPU cores: writes out.pt and samples.png
-$ python train.py
-
-CIFAR-10: at 16 x 16 in twenty minutes of a CPU; at 32 x 32 on one GPU, or eight
-$ python train.py --dataset cifar10-16
-$ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10
-
-A folder of images with one sub-folder per class; every flag overrides the preset of the data set
-$ python train.py --dataset folder:flowers --size 64 --model S --patch 4
-
-The authors' ImageNet generator, fine-tuned on it, in the features of their encoder
-$ python train.py --dataset folder:flowers --init hf://pixel_B_sota --encoder hf://mae_pixel_640
-
-The drift measured in the features of an encoder trained on the data and of a foundation model
-$ python train.py --dataset cifar10 --encoder mae,dinov2
-
-More samples than fit the memory at once; the gradient is the same
-$ python train.py --dataset cifar10 --n_gen 256 --n_pos 256 --micro_batch 128 --label_batch 1
-
-The paper's ImageNet recipes, on what `python data.py encode` has written: see docs/imagenet.md
-$ torchrun --standalone --nproc_per_node=8 train.py --dataset imagenet-latent-ablation:latents
-
-Without labels, in one large group of samples
-$ python train.py --dataset cifar10 --unconditional
-
-On a machine that may be taken away: starts, or goes on from the newest whole checkpoint
-$ python train.py --dataset cifar10 --resume auto
+$ python train.py                                           # embedded digits, a minute or two
+$ python train.py --dataset mnist --out mnist.pt            # what is typed overrides the preset
+$ python train.py --dataset folder:flowers --size 64 --model S --patch 4 --out flowers.pt
+$ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
+$ python train.py --dataset cifar10 --encoder pixels mae dinov2@112 --out dino.pt
+$ python train.py --dataset cifar10 --resume auto --out long.pt     # starts, or goes on
 """
 
 import argparse
-import hashlib
-import math
+import json
 import os
-import shlex
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import zlib
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint as recompute
 
 import data
 import drift
 import features
 import fid
-import latents
 import mae
-from log import Log, commit
-from model import SIZES, DiT, DiTConfig, load_checkpoint
+import model
+from model import SIZES, DiT, DiTConfig
 from muon import Muon
 
-IMAGENET = dict(dataset="latents", size=None, n_gen=64, n_pos=64, n_unc=32, warmup=10000)
-IMAGENET |= dict(decay=0.0, ema=0.999, iters=1, floor=1e-6, eval_every=5000)
-LATENT = IMAGENET | dict(patch=2, labels=128, lr=4e-4, steps=200000, encoder="hf://mae_latent_640")
-PIXEL = IMAGENET | dict(patch=16, labels=128, n_pos=128, steps=100000, alpha_k=5.0, alpha_one=0.0)
-PIXEL |= dict(encoder="hf://mae_pixel_640,convnextv2")
-SMALL = dict(pools=[2, 4], n_pos=128, muon=0.02)  # for two CPU cores
-MNIST = SMALL | dict(size=28, patch=7, windows=[8], steps=1600, n_unc=32)
-PRESETS = {  # what differs from the defaults of flags()
-    "digits": dict(size=8, patch=4, steps=600, eval_every=300, log_every=50)
-    | dict(muon=0.02, n_pos=128, alpha_one=0.85),
+
+@dataclass
+class Settings:  # Annotated[type, meaning, least value]
+    dataset: Annotated[str, "digits mnist fashion cifar10 cifar10-cpu folder:PATH ..."] = "digits"
+    data_dir: Annotated[str, "where data sets are, or are downloaded to"] = "data"
+    size: Annotated[int, "image size in pixels; 0: the data set's own", 0] = 0
+    flip: Annotated[bool, "mirror half of the images"] = False
+    unconditional: Annotated[bool, "no labels: one group, no guidance"] = False
+
+    encoder: Annotated[list[str], "spaces of the drift, see features.py"] = ("pixels",)
+
+    init: Annotated[str, "checkpoint of a generator to start from"] = ""
+    model: Annotated[str, "generator: " + " ".join(SIZES)] = "tiny"
+    patch: Annotated[int, "of the generator, in pixels", 1] = 4
+
+    labels: Annotated[int, "in a step, a multiple of the ranks", 1] = 10
+    n_gen: Annotated[int, "samples per label", 2] = 32
+    n_pos: Annotated[int, "real images per label", 1] = 32
+    n_unc: Annotated[int, "real images of any class per label, for guidance", 0] = 8
+    micro_batch: Annotated[int, "images at a time, to save memory; 0: all", 0] = 0
+
+    taus: Annotated[list[float], "kernel widths, in units of the mean distance", 1e-6] = drift.TAUS
+    iters: Annotated[int, "averages of the two softmaxes; Algorithm 2: 1", 1] = 2
+    floor: Annotated[float, "least product of the softmaxes; official: 1e-6", 0] = 0.0
+    alpha_max: Annotated[float, "guidance is drawn from 1 to this", 1] = 4.0
+    alpha_k: Annotated[float, "with a density that falls as alpha^-k"] = 3.0
+    alpha_one: Annotated[float, "share of labels without guidance", 0] = 0.5
+
+    steps: Annotated[int, "in all, resumed ones included", 1] = 600
+    stop_after: Annotated[int, "end at this step, on the plan of --steps", 0] = 0
+    lr: Annotated[float, "learning rate of AdamW", 0] = 3e-3
+    muon: Annotated[float, "rate of Muon, for the blocks' matrices; 0: AdamW", 0] = 0.0
+    warmup: Annotated[int, "steps to the full rates", 0] = 50
+    decay: Annotated[float, "last share of the steps, in which the rates fall to 0", 0] = 0.4
+    wd: Annotated[float, "weight decay, of all parameters", 0] = 0.01
+    ema: Annotated[float, "decay of the average of the weights", 0] = 0.99
+
+    seed: Annotated[int, "of all random numbers", 0] = 0
+    compile: Annotated[bool, "by torch.compile; if not given: on CUDA"] = None
+    device: Annotated[str, "cpu, cuda, mps"] = "cuda" if torch.cuda.is_available() else "cpu"
+    log_every: Annotated[int, "steps to a line of the log", 1] = 100
+    eval_every: Annotated[int, "steps to scores, samples and a checkpoint", 1] = 1000
+    out: Annotated[str, "checkpoint; log and samples are named after it"] = "out.pt"
+    resume: Annotated[str, "checkpoint to go on from; auto: --out, if it is there"] = ""
+    wandb: Annotated[str, "project of Weights & Biases that gets the log, too"] = ""
+
+
+MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=128, n_unc=32)
+MNIST |= dict(muon=0.02, steps=1600)
+PHOTOS = dict(encoder=["pixels", "mae"], steps=5000, ema=0.999)
+PRESETS = {  # by data set: what differs from the defaults
+    "digits": dict(n_pos=128, muon=0.02, alpha_one=0.85, log_every=50, eval_every=300),
     "mnist": MNIST,
     "fashion": MNIST,
-    "cifar10-16": SMALL
-    | dict(dataset="cifar10", size=16, windows=[4, 8], edges=True, flip=True, steps=2000)
-    | dict(n_unc=0, alpha_max=1),
-    # one GPU, for hours; no GPU has seen it yet
-    "cifar10": dict(size=32, model="S", patch=2, encoder="mae", pools=[2, 4], flip=True)
-    | dict(steps=100000, lr=2e-4, warmup=3000, ema=0.999, eval_every=5000)
-    | dict(labels=5, n_gen=128, n_pos=256, n_unc=0, alpha_max=1),
-    "folder": dict(size=64, patch=8, encoder="mae", steps=5000, ema=0.999, flip=True),
-    "npz": dict(size=None, encoder="mae", steps=5000, ema=0.999),
-    "latents": dict(size=None, patch=2, encoder="mae", steps=5000, ema=0.999),
-    # the authors' own numbers, for a cluster
-    "imagenet-latent-ablation": LATENT
-    | dict(model="B", labels=64, n_unc=16, lr=2e-4, warmup=5000, steps=30000, alpha_one=0.0)
-    | dict(encoder="hf://mae_latent_256"),
-    "imagenet-latent-B": LATENT | dict(model="B", alpha_k=5.0, alpha_one=0.0, wd=0.0),
-    "imagenet-latent-L": LATENT | dict(model="L"),
-    "imagenet-pixel-B": PIXEL | dict(model="B", lr=2e-4),
-    "imagenet-pixel-L": PIXEL | dict(model="L", lr=4e-4),
+    "cifar10": dict(encoder=["pixels", "pool:2", "pool:4", "mae"], model="S", patch=2, flip=True)
+    | dict(labels=5, n_gen=128, n_pos=256, n_unc=0, lr=2e-4, warmup=3000)
+    | dict(steps=100000, ema=0.999, eval_every=5000),
+    "cifar10-cpu": dict(dataset="cifar10", flip=True, n_pos=64, n_unc=0, muon=0.02, steps=1200)
+    | dict(encoder=["pixels", "pool:2", "pool:4", "window:8", "timm:mobilenetv2_100@64"])
+    | dict(log_every=25, eval_every=100),
+    "folder": PHOTOS | dict(size=64, patch=8, flip=True),
+    "npz": PHOTOS,
+    "latents": PHOTOS | dict(encoder=["mae"], patch=2),
 }
-# what a resumed run may not change
-FIXED = ("dataset", "size", "encoder", "pools", "windows", "edges", "model", "patch")
-N_EVAL = 1000  # images that are generated for the scores, and 10,000 for FID
-N_FID = 10000
-
-
-# Arguments
-
-
-def flags():
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    yes_no = argparse.BooleanOptionalAction
-    positive_int, number, share = data.positive_int, data.number, data.share
-    rate = number(float, 0, 1e6)
-    p.add_argument(
-        "--dataset",
-        default="digits",
-        help=f"{', '.join(PRESETS)}; all but the first five with :PATH",
-    )
-    p.add_argument("--unconditional", action=yes_no, default=False, help="one class, one group")
-    p.add_argument("--data_dir", default="data", help="where data sets are, or are downloaded to")
-    p.add_argument("--size", type=number(int, 2, 4096), default=8, help="image size in pixels")
-    p.add_argument("--flip", action=yes_no, default=False, help="mirror half of the images")
-    p.add_argument("--encoder", default="pixels", help="mae, or one or several of features.py")
-    p.add_argument("--encoder_size", type=positive_int, help="input size of timm's encoders")
-    p.add_argument(
-        "--pools", type=positive_int, nargs="*", default=[], help="drift of k x k means, too"
-    )
-    p.add_argument(
-        "--windows", type=positive_int, nargs="*", default=[], help="drift of windows of k x k, too"
-    )
-    p.add_argument("--edges", action=yes_no, default=False, help="drift of edges by direction, too")
-    p.add_argument("--init", help="generator to start from, as of sample.py")
-    p.add_argument("--model", default="tiny", help=", ".join(SIZES))
-    p.add_argument("--patch", type=positive_int, default=4, help="of the generator, in pixels")
-    p.add_argument("--steps", type=positive_int, default=600, help="in all, resumed ones included")
-    p.add_argument("--lr", type=rate, default=3e-3, help="learning rate")
-    p.add_argument("--muon", type=rate, default=0.0, help="rate of Muon; 0: AdamW alone")
-    p.add_argument(
-        "--warmup", type=number(int, 0, 10**9), default=50, help="steps to the full --lr"
-    )
-    p.add_argument(
-        "--decay", type=share, default=0.4, help="last share of the steps, lr falls to 0"
-    )
-    p.add_argument("--wd", type=rate, default=0.01, help="weight decay, of all parameters")
-    p.add_argument("--ema", type=share, default=0.99, help="decay of the average of the weights")
-    p.add_argument(
-        "--labels",
-        type=number(int, 1, 10**5),
-        default=10,
-        help="in a step, a multiple of the ranks",
-    )
-    p.add_argument("--n_gen", type=number(int, 2, 10**6), default=32, help="samples per label")
-    p.add_argument("--n_pos", type=number(int, 1, 10**6), default=32, help="real images per label")
-    p.add_argument(
-        "--n_unc",
-        type=number(int, 0, 10**6),
-        default=8,
-        help="real images of any class, for guidance",
-    )
-    p.add_argument("--micro_batch", type=positive_int, help="samples at a time, to save memory")
-    p.add_argument("--label_batch", type=positive_int, help="labels at a time, to save more")
-    p.add_argument(
-        "--taus",
-        type=number(float, 1e-6, 1e6),
-        nargs="+",
-        default=list(drift.TAUS),
-        help="kernel widths, in units of the mean distance",
-    )
-    p.add_argument(
-        "--iters",
-        type=number(int, 1, 1000),
-        default=2,
-        help="averages of the softmaxes; Algorithm 2: 1",
-    )
-    p.add_argument("--floor", type=share, default=0.0, help="least softmax product; official: 1e-6")
-    p.add_argument(
-        "--alpha_max",
-        type=number(float, 1, 1000),
-        default=4.0,
-        help="guidance is drawn from 1 to this",
-    )
-    p.add_argument(
-        "--alpha_k",
-        type=number(float, -10, 10),
-        default=3.0,
-        help="whose density falls as alpha^-k",
-    )
-    p.add_argument("--alpha_one", type=share, default=0.5, help="share of labels without guidance")
-    p.add_argument("--compile", action=yes_no, help="by torch.compile; if not given: on CUDA")
-    p.add_argument("--log_every", type=positive_int, default=100, help="steps to a line of the log")
-    p.add_argument(
-        "--eval_every", type=positive_int, default=1000, help="steps to scores and files"
-    )
-    p.add_argument("--fid_every", type=positive_int, help="steps between FIDs")
-    p.add_argument("--vae", help="autoencoder that decodes latents for pictures, as of sample.py")
-    p.add_argument("--out", default="out.pt", help="checkpoint; beside it the log, out.jsonl")
-    p.add_argument("--wandb", help="project of Weights & Biases that gets the log, too")
-    p.add_argument("--resume", help="a checkpoint; auto: --out, if it is there")
-    p.add_argument(
-        "--stop_after", type=positive_int, help="end at this step; the plan stays of --steps"
-    )
-    p.add_argument("--seed", type=data.seed, default=0)
-    p.add_argument("--deterministic", action=yes_no, default=False, help="slower on a GPU")
-    p.add_argument("--device", type=data.device, default=data.default_device())
-    return p
+N_EVAL = 1000  # samples that are scored
 
 
 def parse(argv=None):
-    """-> the arguments, and the checkpoint to go on from, or None. Raises ValueError.
+    """-> Settings, what was typed of them, and the checkpoint to resume, or None. ValueError.
 
-    What is typed overrides the preset, or the arguments of the resumed checkpoint.
+    What is typed overrides the resumed checkpoint's settings, or those of the preset.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    p = flags()
-    first, _ = p.parse_known_args(argv)
-    checkpoint = find_checkpoint(first) if first.resume else None
-    if checkpoint:
-        stored = checkpoint["args"]
-        out = first.out if first.resume == "auto" else first.resume
-        argv = [*as_flags(stored, known=vars(first)), "--out", out, *argv]
-        first, _ = p.parse_known_args(argv)
-    name, colon, path = first.dataset.partition(":")
-    preset = PRESETS.get(name, {})
-    if not checkpoint:
-        p.set_defaults(**preset)
-        if first.unconditional or data.unlabelled(first.dataset):
-            together = {n: p.get_default(n) * p.get_default("labels") for n in ("n_gen", "n_pos")}
-            p.set_defaults(unconditional=True, labels=1, n_unc=0, **together)
-    args = p.parse_args(argv)
-    args.command = stored.get("command") if checkpoint else shlex.join(["train.py", *argv])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    hints = get_type_hints(Settings, include_extras=True)
+    for name, hint in hints.items():
+        kind, meaning = get_args(hint)[:2]
+        how = dict(type=kind)
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(kind):  # a list
+            how = dict(type=get_args(kind)[0], nargs="+")
+        meaning = f"{meaning} [{getattr(Settings, name)}]"
+        parser.add_argument(f"--{name}", help=meaning, default=argparse.SUPPRESS, **how)
+    typed = vars(parser.parse_args(argv))
+
+    path, stored = typed.get("resume", ""), None
+    preset = PRESETS.get(typed.get("dataset", Settings.dataset).partition(":")[0], {})
     if "dataset" in preset:
-        args.dataset = preset["dataset"] + colon + path
+        typed["dataset"] = preset["dataset"]
+    if path == "auto":
+        path = typed.get("out", Settings.out)
+    if path and (Path(path).exists() or typed["resume"] != "auto"):
+        stored = model.load(path)[1]
+        preset = {name: value for name, value in stored["args"].items() if name in hints}
+        preset["out"] = path
+    args = Settings(**preset | typed)
+    for name, hint in hints.items():
+        value, least = getattr(args, name), get_args(hint)[2:]
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if least and not least[0] <= number < float("inf"):
+                raise ValueError(f"--{name} {number} must be at least {least[0]}")
+    return args, typed, stored
+
+
+def prepare(argv, rank, world):
+    """What a run needs before its first step. Raises ValueError or OSError for what is wrong."""
+    args, typed, stored = parse(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if rank > 0:
+        dist.barrier()  # the first rank downloads, reads and trains an encoder for all
+    source = stored or (model.load(args.init)[1] if args.init else None)
+    if source and "size" not in typed:
+        args.size = source["config"]["input_size"]
+    images, labels, names = data.load(args.dataset, args.data_dir, args.size)
+    if args.unconditional or len(names) == 1:
+        if not stored:  # the samples of all labels become one large group
+            args.n_gen *= 1 if "n_gen" in typed else args.labels
+            args.n_pos *= 1 if "n_pos" in typed else args.labels
+        args.labels, args.n_unc = world, 0  # a group on every rank
+        labels, names = torch.zeros_like(labels), ["all"]
     if not args.n_unc:
         args.alpha_max = 1.0  # no unconditional images, no guidance
-    if args.model not in SIZES and not checkpoint:
+    count = labels.bincount(minlength=len(names))
+    if count.min() < args.n_pos:
+        few = f"class {names[count.argmin()]} has {count.min()} images, --n_pos is {args.n_pos}"
+        if "n_pos" in typed or not count.min():
+            raise ValueError(few)
+        print(f"{few}: now {count.min()}")
+        args.n_pos = int(count.min())
+    if args.labels % world and "labels" in typed:
+        raise ValueError(f"--labels {args.labels} is no multiple of {world} ranks")
+    args.labels += -args.labels % world
+    net = build_generator(args, typed, source, images.shape[-3:], len(names))
+    sampler = data.Sampler(images, labels, device, args.flip)
+    encode = build_encoder(args, sampler, len(names))
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return args, stored, images, labels, names, net.to(device), sampler, encode
+
+
+def build_generator(args, typed, source, shape, classes):
+    """A generator of images [C, H, W]: new, or of a checkpoint `source`, with a class table."""
+    torch.manual_seed(args.seed)
+    if args.model not in SIZES:
         raise ValueError(f"--model {args.model}: there are {', '.join(SIZES)}")
-    for name in FIXED if checkpoint else ():
-        if getattr(args, name) != stored[name]:
-            differs = f"--{name} {getattr(args, name)} differs from {stored[name]}"
-            raise ValueError(f"{differs} of the checkpoint of --resume {args.resume}")
-    return args, checkpoint
+    kind = dict(input_size=shape[-1], in_channels=shape[0], num_classes=classes)
+    config = DiTConfig.named(args.model, patch_size=args.patch, **kind)
+    if source and not typed.keys() & {"model", "patch"}:
+        config = DiTConfig(**source["config"])
+    if (config.in_channels, config.input_size) != (shape[0], shape[-1]):
+        gives = f"{config.in_channels} x {config.input_size}^2"
+        raise ValueError(f"the generator gives {gives}, the data are {shape[0]} x {shape[-1]}^2")
+    net = DiT(config)
+    if source:
+        net.load_state_dict(source["model" if args.resume else "ema"])
+    if classes != config.num_classes:
+        net.resize_classes(classes)
+    return net
 
 
-def as_flags(args, known):
-    """Arguments of a checkpoint as they were typed, so that they are checked like typed ones."""
-    flags = []
-    for name, value in args.items():
-        if name not in known or value is None:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={value}")  # a number may begin with a minus
-    return flags
+def build_encoder(args, sampler, classes):
+    """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
+    channels, size = sampler.images.shape[-3:-1]
+    names = list(args.encoder)
+    if "mae" in names:
+        digest = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())  # of the data
+        path = Path(args.data_dir) / f"mae-{digest:08x}-{sampler.device.type}.pt"
+        if not path.exists():
+            print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
+            steps = 20000 if sampler.device.type == "cuda" else 1000
+            mae.train(sampler, classes, path, patch=max(1, size // 16), steps=steps)
+        names[names.index("mae")] = str(path)
+    return features.Encoder(names, channels, size, sampler.device)
 
 
-def previous(out):
-    """The name of the checkpoint before the last."""
-    return out.with_name(f"{out.stem}.prev{out.suffix}")
+def build_optimizers(args, net, stored):
+    """AdamW; and Muon for the matrices of the blocks, if --muon says so."""
+    named = net.blocks.named_parameters()
+    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name and args.muon]
+    chosen = set(matrices)
+    rest = [p for p in net.parameters() if p not in chosen]
+    optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), fused=True)]
+    if args.muon:
+        optimizers.append(Muon(matrices, args.muon))
+    if stored and bool(stored.get("muon")) == bool(args.muon):  # else they begin anew
+        for optimizer, name in zip(optimizers, ("optimizer", "muon"), strict=False):
+            optimizer.load_state_dict(stored[name])
+    return optimizers
 
 
-def find_checkpoint(args):
-    """The checkpoint that --resume means, with `net`, a generator of its weights.
-
-    None: auto found no file. `damaged`: auto had to take the one before --out. ValueError if there
-    is none that can be read.
-    """
-    auto, out = args.resume == "auto", Path(args.out)
-    wrong = []
-    for path in [out, previous(out)] if auto else [Path(args.resume)]:
-        if auto and not path.exists():
-            continue
-        try:
-            checkpoint = load_checkpoint(path)
-            net = DiT(DiTConfig(**checkpoint["config"]))
-            net.load_state_dict(checkpoint["model"])
-            if not isinstance(checkpoint["step"], int) or not set(FIXED) <= set(checkpoint["args"]):
-                raise ValueError("of another program")
-        except Exception as error:  # what torch raises for a damaged file has no type in common
-            wrong.append(f"{path} ({type(error).__name__})")
-            continue
-        if wrong:
-            print(f"warning: cannot resume from {wrong[0]}, going on from {path}", file=sys.stderr)
-        return checkpoint | {"net": net, "damaged": bool(wrong)}
-    if wrong:
-        raise ValueError(
-            f"cannot resume from {' or '.join(wrong)}: missing, damaged or no checkpoint"
-        )
+def draw_labels(n, classes, g):
+    """Labels [n], none twice before every class has come once."""
+    lot = torch.rand(-(-n // classes), classes, generator=g, device=g.device)
+    return lot.argsort(1).flatten()[:n]
 
 
-# One step
-
-
-def stream(device, *key):
-    """A torch.Generator that depends on the key alone, such as (seed, step, purpose, place).
-
-    So what a place in the list of labels gets does not depend on how many ranks there are, or on
-    where a resumed run began; and changing what one purpose draws reshuffles no other.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-def draw_alpha(n, args, generator):
+def draw_alpha(n, args, g):
     """Guidance strengths [n]: 1 for a share of them, else on [1, alpha_max] as alpha^-k."""
-    u = torch.rand(2, n, generator=generator, device=generator.device)
+    u = torch.rand(2, n, generator=g, device=g.device)
     alpha = args.alpha_max ** u[0]  # k = 1: uniform in its logarithm
     if args.alpha_k != 1:
         p = 1 - args.alpha_k
@@ -308,680 +249,186 @@ def draw_alpha(n, args, generator):
     return alpha.where(u[1] >= args.alpha_one, torch.ones_like(alpha))
 
 
-def draw_batch(step, args, sampler, model, mine):
-    """What a step is about, for the labels in the slice `mine` of it, l of them, N = n_gen.
+def in_parts(f, size, *inputs):
+    """f(*inputs), a dictionary of tensors [B, ...], by at most `size` rows at a time; 0: all.
 
-    -> label [l], alpha [l], pos [l, P, C, H, W], unc [l, U, C, H, W], noise [l * N, C, H, W],
-    style [l * N, 32].
+    The backward pass computes a part again, so that activations of one part alone are held.
     """
-    home, key = sampler.home, (args.seed, step)
-    classes = model.config.num_classes
-    label = []
-    for i in range(math.ceil(args.labels / classes)):  # no class twice before every class came once
-        generator = stream(home, *key, "labels", i)
-        label.append(torch.randperm(classes, generator=generator, device=home))
-    label = torch.cat(label)[: args.labels]
-    pos, unc = sampler.draw(label, args.n_pos, args.n_unc, stream(home, *key, "data"), mine)
-    device = sampler.device
-    label = label.to(device, non_blocking=True)
-    alpha = draw_alpha(args.labels, args, stream(device, *key, "alpha"))
-    places = range(args.labels)[mine]
-    noise = [model.draw(args.n_gen, stream(device, *key, "noise", place)) for place in places]
-    noise, style = (torch.cat(draws) for draws in zip(*noise, strict=True))
-    return label[mine], alpha[mine], pos, unc, noise, style
+    if not size:
+        return f(*inputs)
+    parts = zip(*(t.split(size) for t in inputs), strict=True)
+    parts = [recompute(f, *part, use_reentrant=False) for part in parts]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def one_ahead(draw, start, end, ahead):
-    """(step, draw(step)) of every step; if ahead, by a thread while the step before is computed, as
-    images come from a disk or the host's memory."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(draw, start) if ahead and start < end else None
-        for step in range(start, end):
-            batch = coming.result() if ahead else draw(step)
-            if ahead and step + 1 < end:
-                coming = thread.submit(draw, step + 1)
-            yield step, batch
-
-
-def generate(forward, part):
-    """Images of a part of the batch, (noise, style, label, alpha)."""
-    device = part[0].device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return forward(*part).to(part[0].dtype)
-
-
-@torch.no_grad()
-def encode_all(encode, n_samples, *sets):
-    """Features of several sets of images [l, n, C, H, W], a dictionary of each; of at most so many
-    images at a time."""
-    images = torch.cat([images.flatten(0, 1) for images in sets])
-    n_samples = part_size(len(images), n_samples)
-    missing = images.new_zeros(-len(images) % n_samples, *images.shape[1:])  # one shape to compile
-    parts = [encode(part) for part in torch.cat([images, missing]).split(n_samples)]
-    f = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-    counts = [images.shape[0] * images.shape[1] for images in sets]
-    cut = {name: v[: sum(counts)].split(counts) for name, v in f.items()}
-    return [{name: v[i] for name, v in cut.items()} for i in range(len(sets))]
-
-
-def images_gradient(x, pos, unc, alpha, encode, args, n_samples, whole=(None, None)):
-    """The gradient of the loss with respect to images x [l * N, C, H, W], and stats of the drift.
-
-    The drift needs the features of all images, and is a constant then. So every part of x is
-    encoded without gradient, for the drift, and again with it; of the last part, once is enough.
-    """
-    *parts, last = (part.requires_grad_() for part in x.split(n_samples))
-    fp, fu = encode_all(encode, n_samples, pos, unc)
-    with torch.no_grad():
-        fx = [encode(part) for part in parts]
-    f_last = encode(last)
-    fx = {name: torch.cat([*(f.pop(name) for f in fx), f_last[name]]) for name in f_last}
-    field = args.taus, args.iters, args.floor
-    V, weight, stats = drift.features_drift(fx, fp, fu, alpha, *field, whole)
-    del fx, fp, fu  # the largest tensors of a step
-    *V, V_last = V.split(n_samples)
-    dx_last = torch.autograd.grad(drift.regress(f_last, V_last, weight), last)
-    del f_last
-    dx = []
-    for part, v in zip(parts, V, strict=True):
-        dx += torch.autograd.grad(drift.regress(encode(part), v, weight), part)
-    return torch.cat([*dx, *dx_last]), by_encoder(stats)
-
-
-def encode_labels(parts, encode, n_samples):
-    """Features of every part (x, pos, unc, alpha) of the labels, for drift.sums_of_parts()."""
-    for *images, alpha in parts:
-        yield *encode_all(encode, n_samples, *images), alpha
-
-
-def images_gradient_by_labels(x, pos, unc, alpha, encode, args, n_samples, n_labels):
-    """The same for so many labels at a time, exactly: the features of no more have to be held.
-
-    They are computed for the mean distances, again for the mean drift, and again for the targets.
-    """
-    if n_labels == len(alpha):
-        return images_gradient(x, pos, unc, alpha, encode, args, n_samples)
-    sets = x.unflatten(0, (len(alpha), -1)), pos, unc, alpha
-    parts = list(zip(*(t.split(n_labels) for t in sets), strict=True))
-    field = args.taus, args.iters, args.floor
-    whole = drift.sums_of_parts(partial(encode_labels, parts, encode, n_samples), *field)
-    dx = []
-    for x_n, *rest in parts:
-        # with whole, the stats of every part are those of all
-        d, stats = images_gradient(x_n.flatten(0, 1), *rest, encode, args, n_samples, whole)
-        dx.append(d / len(parts))  # the loss is a mean over groups
-    return torch.cat(dx), stats
-
-
-def gradient(batch, args, forward, encode, n_labels, n_samples):
-    """Adds the gradient of a step's loss to the parameters; returns stats of the drift.
-
-    batch: of draw_batch(). n_labels, n_samples: how many of this rank's are worked on at a time.
-
-    The drift acts on images, so the step is cut there: images of all parts, the gradient of the
-    loss with respect to them, and part by part that of the generator. The graph of the last part is
-    kept from the start, so that with one part nothing is done twice.
-    """
-    label, alpha, pos, unc, noise, style = batch
-    inputs = noise, style, label.repeat_interleave(args.n_gen), alpha.repeat_interleave(args.n_gen)
-    *parts, last = zip(*(t.split(n_samples) for t in inputs), strict=True)
-    with torch.no_grad():
-        x = [generate(forward, part) for part in parts]
-    x_last = generate(forward, last)
-    x = torch.cat([*x, x_last.detach()])
-    dx, stats = images_gradient_by_labels(x, pos, unc, alpha, encode, args, n_samples, n_labels)
-    *dx, dx_last = dx.split(n_samples)
-    x_last.backward(dx_last)
-    for part, d in zip(parts, dx, strict=True):
-        generate(forward, part).backward(d)
-    return stats
-
-
-def schedule(step, args):
-    """Share of the full rate: linear warm-up, constant, linear decay to zero; step from 0."""
+def rate(step, args):
+    """Share of the full rates: linear warm-up, constant, linear decay to zero; step from 0."""
     warmup = (step + 1) / max(args.warmup, 1)
     decay = (args.steps - step) / (args.decay * args.steps) if args.decay else 1
     return min(1, warmup, decay)
 
 
-def update(step, args, params, averages, optimizers, stop):
-    """One step of the optimiser and of the average of the weights.
-
-    -> the norm of the gradient, and whether any rank has been told to stop. A gradient that is not
-    finite leaves the weights as they are: the fused optimiser honours found_inf, as in mixed
-    precision, so that nobody has to ask the GPU first.
-    """
-    for optimizer, lr in zip(optimizers, (args.lr, args.muon), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, args)
-    if data.world_size() > 1:  # their shares of the labels are equal: the mean is that of all
-        grads = [p.grad for p in params]
-        told = torch.full_like(grads[0].flatten()[:1], bool(stop))
-        flat = torch.cat([parameters_to_vector(grads), told])
-        dist.all_reduce(flat)
-        vector_to_parameters(flat[:-1] / data.world_size(), grads)
-        stop = flat[-1]
-    norm = clip_grad_norm_(params, 2.0)
-    for optimizer in optimizers:
-        if args.device.type in ("cpu", "cuda"):
-            optimizer.found_inf = (~norm.isfinite()).float()
-            optimizer.step()
-        elif norm.isfinite():  # elsewhere found_inf is ignored
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        torch._foreach_lerp_(averages, params, 1 - args.ema)  # no bias correction, as the authors
-    return norm, stop
-
-
-def count_skipped(skipped, norm):
-    """Steps without a finite gradient: all, the last in a row, the most in a row."""
-    bad = (~norm.isfinite()).float()
-    row = (skipped[1] + bad) * bad
-    return torch.stack([skipped[0] + bad, row, torch.maximum(skipped[2], row)])
-
-
-# Memory, signals, checkpoints
-
-
-def part_size(n, most):
-    """Samples of a part, at most so many, where n are cut into parts as equal as can be."""
-    return math.ceil(n / math.ceil(n / max(1, most)))
-
-
-def divisor(n, most):
-    """The largest divisor of n that is at most so large, and at least 1."""
-    return max(k for k in range(1, n + 1) if n % k == 0 and k <= max(1, most))
-
-
-def choose_parts(args, labels, model, encode):
-    """Labels and samples of a part, of this rank's labels: --label_batch and --micro_batch, or by
-    the free memory of a GPU; elsewhere all."""
-    n_labels, n_samples = args.label_batch or labels, args.micro_batch or labels * args.n_gen
-    if args.device.type == "cuda":
-        few = part_size(labels * args.n_gen, 16)
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        noise, style = model.draw(few, torch.Generator(args.device))
-        label, alpha = style[:, 0] % model.config.num_classes, torch.ones(few, device=args.device)
-        found = encode(generate(model, (noise, style, label, alpha)))
-        sum(f.float().sum() for f in found.values()).backward()
-        model.zero_grad(set_to_none=True)
-        activations = (torch.cuda.max_memory_allocated() - held) / few
-        numbers = sum(f[0].numel() for f in found.values())
-        # For all samples of a part the drift holds a handful of numbers for each of their features.
-        per_sample = 6 + 2 * len(args.taus) + 2 * (args.n_pos + args.n_unc) / args.n_gen
-        drift_bytes = 4 * numbers * args.n_gen * per_sample  # of a label
-        # 10% and 4 GB are left for what comes and goes. No GPU has tried these estimates, which
-        # --label_batch and --micro_batch overrule.
-        free = 0.9 * torch.cuda.mem_get_info()[0] - 2**32
-        n_labels = divisor(labels, args.label_batch or int(0.8 * free / drift_bytes))
-        n_samples = args.micro_batch or int((free - n_labels * drift_bytes) / activations)
-    n_labels = divisor(labels, n_labels)  # equal parts, so that the mean of theirs is that of all
-    return n_labels, part_size(n_labels * args.n_gen, n_samples)
-
-
-@contextmanager
-def enough_memory(args, when):
-    """A lack of memory is one line that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        per_rank = args.labels // data.world_size()
-        now = f"now {args.micro_batch} and {args.label_batch}"
-        how = f"give --micro_batch and --label_batch, {now}, or lower --n_gen or --labels"
-        sys.exit(f"{when}: not enough memory for {per_rank} x {args.n_gen} samples: {how}")
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: the first is remembered until the step has ended (on several GPUs the
-    next tenth step, when they look), the second acts at once."""
-
-    def __init__(self):
-        self.signal = 0
-        self.training = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.training and not self.signal:
-            self.signal = number
-            return
-        when = "at once" if self.training else "before the first step"
-        print(f"stopped {when}: the same command begins again, or goes on by --resume", flush=True)
-        sys.exit(130 if number == signal.SIGINT else 0)
-
-
-def light(out):
-    """The name of the averaged weights in half precision."""
-    return out.with_name(f"{out.stem}.ema{out.suffix}")
-
-
-def save(step, args, names, model, ema, optimizers):
-    """Writes the checkpoint and keeps the one before it.
-
-    If that fails: a line, and False; the old one is still there.
-    """
-    out = Path(args.out)
-    common = {"args": to_store(args), "config": asdict(model.config), "classes": names}
-    full = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
-    full["optimizer"], *muon = [optimizer.state_dict() for optimizer in optimizers]
-    full["muon"] = muon  # none or one
-    half = {"ema": {name: value.half() for name, value in ema.state_dict().items()}}
-    try:
-        if out.exists():
-            previous(out).unlink(missing_ok=True)
-            with suppress(OSError):  # some file systems have no links
-                os.link(out, previous(out))  # a second name, until out is replaced
-        with data.whole(out) as file:
-            torch.save(common | full, file)
-        with data.whole(light(out)) as file:
-            torch.save(common | half, file)
-        return True
-    except OSError as error:
-        again = "what is there stays, the next log line tries again"
-        print(f"step {step}: cannot write {out} ({error}); {again}", file=sys.stderr, flush=True)
-        return False
-
-
-def to_store(args):
-    """The arguments that a checkpoint keeps."""
-    dropped = ("resume", "stop_after", "device")
-    return {k: v for k, v in vars(args).items() if k not in dropped}
-
-
-# Scores
-
-
-class Scores:
-    """Compares samples of the averaged weights with real images. All ranks draw, one looks."""
-
-    def __init__(self, args, images, labels):
-        self.args = args
-        self.out = Path(args.out).with_name("samples.png")
-        self.shown = images.shape[1] in (1, 3)
-        self.of_real = {}
-        self.vae = None
-        if args.fid_every:
-            if args.floats:
-                raise ValueError(f"--fid_every needs images of 8 bits, {args.dataset} has others")
-            self.inception = fid.Inception(device=args.device)
-        if data.rank() > 0:
-            return
-        n = min(10000, 2**28 // images[0].numel(), len(images))  # at most 1 GB
-        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
-        self.real = data.to_float(images[some].to(args.device))
-        self.labels = labels[some].to(args.device)
-        if args.vae:
-            self.vae = latents.load_vae(args.vae, args.device, images.shape[1])
-        elif not self.shown:
-            data.say(f"no pictures of {images.shape[1]} channels; --vae decodes latents for them")
-        half = min(N_EVAL, n // 2)
-        a, b = (self.real[:half], self.labels[:half]), (self.real[half:], self.labels[half:])
-        self.of_real = fid.scores(*a, *b)
-        self.real_text = f"({half} real, against {n - half} others)"
-        if args.fid_every:
-            self.reference = fid.reference(images, args.dataset, self.inception, args.data_dir)
-
-    def samples(self, ema, n):
-        """This rank's batches of n images, classes in turn; the same images on any number."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        label = torch.arange(n, device=self.args.device) % ema.config.num_classes
-        for i, part in enumerate(label.split(250)):
-            if i % data.world_size() == data.rank():
-                x = ema.generate(part, 1.0, generator)
-                yield x if self.args.floats else data.to_uint8(x)
-            else:
-                for _ in part:
-                    ema.draw(1, generator)  # another rank's noise
-
-    def print(self, step, ema):
-        """Judges samples; a dictionary of scores, {} on other ranks than the first."""
-        batches = data.gather([x.cpu() for x in self.samples(ema, N_EVAL)])
-        if data.rank() > 0:
-            return {}
-        fake = torch.cat(batches).to(self.args.device)
-        classes = ema.config.num_classes
-        try:
-            if self.shown or self.vae:
-                pictures = latents.decode(self.vae, fake[:100]) if self.vae else fake[:100]
-                columns = min(10, classes) if classes > 1 else 10
-                data.save_grid(data.to_uint8(pictures), self.out, columns)
-        except OSError as error:  # no room for a picture is not the end of a run
-            print(f"cannot write {self.out} ({error})", file=sys.stderr, flush=True)
-        label = torch.arange(len(fake), device=self.args.device) % classes
-        score = fid.scores(data.to_float(fake), label, self.real, self.labels)
-        real = f"{len(fake)} at alpha 1, against {len(self.real)} real"
-        data.say(f"{step:6d}  {fid.score_text(score)}  ({real})")
-        data.say(f"  real  {fid.score_text(self.of_real)}  {self.real_text}")
-        return score
-
-    def print_fid(self, step, ema):
-        """The same by the Inception network."""
-        n = N_FID // data.world_size()
-        f, p = fid.extract(self.samples(ema, N_FID), n, self.inception)
-        parts = f.split(250), f.split(250) if p is None else p.split(250)
-        found = data.gather(list(zip(*parts, strict=True)))
-        if data.rank() > 0:
-            return {}
-        f, p = zip(*found, strict=True)
-        p = torch.cat(p) if self.inception.original else None
-        score = fid.compare(torch.cat(f), p, self.inception, self.reference)
-        data.say(f"{step:6d}  {fid.text(score)}")
-        return score
-
-
-def by_encoder(stats):
-    """Stats {feature: [taus + 1]} of a drift: the mean of all, and of each encoder's, {encoder: }.
-
-    A feature of pixels has no encoder before its name; with pixels alone there is the mean alone.
-    """
-    rows = {"": list(stats.values())}
-    for name, row in stats.items():
-        rows.setdefault(name.rpartition(".")[0] or "pixels", []).append(row)
-    if len(rows) == 2:  # pixels alone
-        del rows["pixels"]
-    return {name: torch.stack(row).mean(0) for name, row in rows.items()}
+def average_gradients(params, stop):
+    """Over the ranks, in one reduction; -> whether any rank has got a signal to stop."""
+    grads = [p.grad for p in params]
+    flat = torch.cat([parameters_to_vector(grads), grads[0].new_tensor([stop])])
+    dist.all_reduce(flat)
+    vector_to_parameters(flat[:-1] / dist.get_world_size(), grads)
+    return bool(flat[-1] > 0)
 
 
 def drift_numbers(stats, taus, prefix=""):
-    """What the log says of by_encoder()."""
-    numbers = {}
-    names = [*(f"drift_{tau}" for tau in taus), "scale"]
-    for encoder, row in stats.items():
-        for name, number in zip(names, row.tolist(), strict=True):
-            numbers[f"{prefix}{encoder}.{name}" if encoder else prefix + name] = number
-    return numbers
+    """Means over features of {name: [taus + 1]}: the drift of every tau, and the scale."""
+    names = [*(f"{prefix}drift_{tau:g}" for tau in taus), f"{prefix}scale"]
+    return dict(zip(names, torch.stack(list(stats.values())).mean(0).tolist(), strict=True))
 
 
-def drift_text(stats, taus):
-    *drifts, scale = stats[""].tolist()
-    drifts = " ".join(f"{tau}:{value:.2e}" for tau, value in zip(taus, drifts, strict=True))
-    return f"drift {drifts}  scale {scale:.3f}"
-
-
-def report(log, seen, stats, norm, speed, left, skipped, args):
-    """A line of the training, for people and for the log; speed in steps per second, left in s."""
-    images_per_s = speed * args.labels * args.n_gen
-    line = f"{seen['step']:6d}  {drift_text(stats, args.taus)}  grad {norm:.2f}"
-    line += f"  {images_per_s:,.0f} images/s  {timedelta(seconds=int(left))} left"
-    data.say(line + (f"  {skipped:.0f} steps skipped" if skipped else ""))
-    log.write(
-        **seen,
-        **drift_numbers(stats, args.taus),
-        grad_norm=norm.item(),
-        lr=args.lr * schedule(seen["step"] - 1, args),
-        images_per_s=images_per_s,
-        memory_gb=peak_memory(args.device),
-    )
-
-
-def peak_memory(device):
-    """GB that this process has held at most: on the GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# Setting up
-
-
-def load_data(args, checkpoint):
-    """-> images, labels, names of the classes, and the generator of --init, if there is one."""
-    with data.node_first():
-        initial = DiT.load(args.init)[0] if args.init and not checkpoint else None
-        if initial:
-            args.size, args.patch = initial.config.input_size, initial.config.patch_size
-        images, labels, names = data.load(args.dataset, args.data_dir, args.size)
-    if args.vae and args.dataset.startswith("latents:"):
-        made_by = latents.load(args.dataset[8:])[3]["vae"]
-        if made_by != args.vae:
-            raise ValueError(f"{args.dataset} is of the autoencoder {made_by}, not {args.vae}")
-    args.size, args.floats = images.shape[-1], images.is_floating_point()
-    if args.unconditional:
-        labels, names = torch.zeros_like(labels), ["all"]
-    count = labels.bincount(minlength=len(names))
-    if count.min() < args.n_pos:
-        few = f"class {names[count.argmin()]!r} has {count.min()} images"
-        raise ValueError(f"{few}, and a step draws {args.n_pos}: lower --n_pos or add images")
-    return images, labels, names, initial
-
-
-def build_model(args, checkpoint, initial, channels, names):
-    """The generator to train: of a resumed checkpoint, of --init with a class table, or new."""
-    torch.manual_seed(args.seed)
-    if checkpoint:
-        old = set(checkpoint.get("classes", names))
-        if old != set(names):
-            one = min(old ^ set(names))
-            raise ValueError(
-                f"--dataset {args.dataset} has other classes than then, such as {one!r}"
-            )
-        return checkpoint["net"]
-    if not initial:
-        shape = dict(input_size=args.size, in_channels=channels, patch_size=args.patch)
-        return DiT(DiTConfig.named(args.model, **shape, num_classes=len(names)))
-    if initial.config.in_channels != channels:
-        given = f"{args.init} gives {initial.config.in_channels} channels"
-        raise ValueError(f"{given}, the images of {args.dataset} have {channels}")
-    old = initial.config.num_classes
-    if old != len(names):
-        data.say(f"class table: {len(names)} new rows, each the mean of the {old} old ones")
-        initial.resize_classes(len(names))
-    return initial
-
-
-def build_encoder(args, sampler, num_classes):
-    """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
-    channels, size = sampler.images.shape[-3:-1]
-    names = args.encoder.split(",")
-    spaces = args.pools, args.windows, args.edges, args.encoder_size
-    if "mae" in names:
-        width, plan, least = 32, {}, 14  # minutes of a CPU
-        if sampler.device.type == "cuda":  # minutes of a large GPU
-            width, plan, least = 64, dict(layers=(3, 4, 6, 3), steps=20000, batch=512), 28
-        place = args.dataset.partition(":")[2] or args.dataset
-        name = Path(place).resolve().name.removesuffix(".npz")
-        path = Path(args.data_dir) / f"mae_{name}_{size}_{width}.pt"
-        if not path.exists():
-            others = ",".join(name for name in names if name != "mae")
-            with data.node_first():  # if the others cannot be had, say so before training
-                features.Encoder(others or "pixels", channels, size, *spaces)
-            data.say(f"training an encoder first, {path}; --encoder FILE.pt takes another")
-        # the largest patches that leave so many locations across, as far as there are pixels
-        fits = [k for k in range(1, size) if size % k == 0 and size // k >= least]
-        patch = max(fits, default=1)
-        mae.train_mae(path, sampler, num_classes, width=width, patch=patch, **plan)
-        names = [str(path) if name == "mae" else name for name in names]
-    spec, device = ",".join(names), sampler.device
-    with data.node_first():
-        encode = features.Encoder(spec, channels, size, *spaces, device)
-    timm = any(isinstance(net, features.Timm) for net in encode.nets)
-    if args.deterministic and device.type == "cuda" and timm:
-        raise ValueError("--deterministic: torch resizes images for timm otherwise on a GPU")
-    return encode
-
-
-def build_optimizers(args, checkpoint, model):
-    """AdamW, and Muon for the matrices of the blocks if --muon says so; the average of the
-    weights."""
-    ema = deepcopy(model).requires_grad_(False)
-    matrices = []
-    if args.muon:
-        named = model.blocks.named_parameters()
-        matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name]
-    chosen = set(matrices)
-    rest = [p for p in model.parameters() if p not in chosen]
-    optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), weight_decay=args.wd, fused=True)]
-    if matrices:
-        optimizers.append(Muon(matrices, args.muon, weight_decay=args.wd))
-    if checkpoint:
-        try:
-            ema.load_state_dict(checkpoint["ema"])
-            states = [checkpoint["optimizer"], *checkpoint.get("muon", [])]
-            for optimizer, state in zip(optimizers, states, strict=True):
-                optimizer.load_state_dict(state)
-        except Exception as error:  # of a file that train.py has not written
-            wrong = f"{args.resume} ({type(error).__name__})"
-            raise ValueError(f"cannot resume from {wrong}: it does not fit itself") from None
-    return optimizers, ema
-
-
-def start_log(args, start):
-    """The log beside --out. It must be this run's own: of the same arguments or, with --resume, of
-    those that a resumed run keeps."""
-    stored = to_store(args)
-    own = [*FIXED, "seed"] if args.resume else [k for k in stored if k not in ("command", "wandb")]
-    first = dict(run=os.urandom(4).hex(), torch=torch.__version__, device=str(args.device))
-    first |= dict(commit=commit(), **stored)
-    return Log(Path(args.out).with_suffix(".jsonl"), first, start, own, args.wandb)
-
-
-def tidy(args, checkpoint):
-    """Makes room for --out: its folder; no leftovers of a killed run, no damaged file."""
-    out = Path(args.out)
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: --out names the checkpoint file")
-    if out.suffix != ".pt" or out.name == "samples.pt":
-        raise ValueError(f"--out {out}: name a .pt, but not samples.pt; other files go beside it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if data.rank() == 0:
-        for name in (out.name, light(out).name):
-            for part in out.parent.glob(f"{name}.*.tmp"):
-                part.unlink()
-        if checkpoint and checkpoint["damaged"] and out.exists():
-            os.replace(out, f"{out}.damaged")
-
-
-def announce(args, images, names, params, n_labels, n_samples):
-    data.say("  ".join(f"{k}={v}" for k, v in to_store(args).items()))
-    data.say(f"{len(images):,} images of {len(names)} classes, {data.world_size()} x {args.device}")
-    parameters = sum(p.numel() for p in params) / 1e6
-    plan = f"{args.labels} x {args.n_gen} samples a step"
-    parts = f"{n_labels} labels and {n_samples} samples at a time on a rank"
-    data.say(f"{parameters:.2f}M parameters, {plan}, {parts}")
+def save(out, net, ema, optimizers, args, names, step):
+    """A checkpoint for sample.py and --resume; a run that is killed leaves a whole one."""
+    state = dict(model=net.state_dict(), ema=ema.state_dict(), step=step, args=asdict(args))
+    state |= dict(config=asdict(net.config), classes=names)
+    adamw, *muon = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save(state | dict(optimizer=adamw, muon=muon[0] if muon else None), f"{out}.tmp")
+    os.replace(f"{out}.tmp", out)
 
 
 @torch.no_grad()
-def real_drift(args, mine, sampler, encode, n_samples):
-    """Stats of the drift of real images in the place of samples: what it can fall to at alpha 1."""
-    label = torch.arange(args.labels, device=sampler.home) % len(sampler.count)
-    generator = torch.Generator(sampler.home).manual_seed(0)
-    both, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, generator, mine)
-    x, pos = both.split([args.n_gen, args.n_pos], dim=1)
-    fx, fp, fu = encode_all(encode, n_samples, x, pos, unc)
-    one = torch.ones(len(x), device=sampler.device)
-    stats = drift.features_drift(fx, fp, fu, one, args.taus, args.iters, args.floor)[2]
-    return by_encoder(stats)
+def evaluate(ema, picture, real, real_labels):
+    """Scores of samples at alpha 1 against real images, and a picture of a hundred of them."""
+    classes = ema.config.num_classes
+    label = torch.arange(N_EVAL, device=real.device) % classes
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([ema.generate(part, 1.0, generator) for part in label.split(250)])
+    x = x.clamp(real.min(), real.max())
+    if x.shape[1] in (1, 3):
+        data.save_grid(data.to_uint8(x[:100]), picture, min(10, classes) if classes > 1 else 10)
+    return fid.scores(x, label, real, real_labels)
 
 
 def main(argv=None):
-    args, checkpoint = parse(argv)
-    stop = Stop()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        args, stored, images, labels, names, net, sampler, encode = prepare(argv, rank, world)
+        if args.wandb and rank == 0:
+            import wandb
+
+            wandb.init(project=args.wandb, config=asdict(args))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
     torch.set_flush_denormal(True)  # exp() of far pairs gives some, slow on some CPUs
-    data.start_ranks(args.device)
-    world, device = data.world_size(), args.device
-    if args.labels % world:
-        args.labels += -args.labels % world
-        data.say(f"labels: {args.labels}, a multiple of {world} ranks")
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products are refused
-        torch.use_deterministic_algorithms(True)
-    if args.resume == "auto" and not checkpoint:
-        data.say(f"no {args.out} to resume: a new start")
+    device, out, start = sampler.device, Path(args.out), stored["step"] if stored else 0
+    optimizers, ema = build_optimizers(args, net, stored), deepcopy(net).requires_grad_(False)
+    if stored:
+        ema.load_state_dict(stored["ema"])
+    params, averages = list(net.parameters()), list(ema.parameters())
 
-    # What a user can get wrong is found here, before anything is written.
-    images, labels, names, initial = load_data(args, checkpoint)
-    model = build_model(args, checkpoint, initial, images.shape[-3], names).to(device)
-    optimizers, ema = build_optimizers(args, checkpoint, model)
-    start = checkpoint["step"] if checkpoint else 0
-    tidy(args, checkpoint)
-    log = start_log(args, start)
-    sampler = data.Sampler(data.views(images), labels, device, args.flip)
-    encode = build_encoder(args, sampler, len(names))
-    scores = Scores(args, images[:, 0] if images.ndim == 5 else images, labels)
-    data.wait()  # the first rank may be at a reference of FID
-    params, averages = list(model.parameters()), list(ema.parameters())
+    def log(**numbers):
+        if rank == 0:
+            parts = [
+                f"{k} {v}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in numbers.items()
+            ]
+            print("  ".join(parts), flush=True)
+            with out.with_suffix(".jsonl").open("a") as file:
+                file.write(json.dumps(numbers) + "\n")
+            if args.wandb:
+                wandb.log(numbers)
 
-    per_rank = args.labels // world
-    mine = slice(data.rank() * per_rank, (data.rank() + 1) * per_rank)  # this rank's labels
-    forward, compiled = model, device.type == "cuda" if args.compile is None else args.compile
-    with enough_memory(args, "before the first step"):
-        n_labels, n_samples = choose_parts(args, per_rank, model, encode)
-        if compiled:
-            forward = torch.compile(model, dynamic=False)
-            encode = torch.compile(encode, dynamic=False)
-            # where normalised_drift() finds it; dynamic, as features differ in their groups
-            drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
-        announce(args, images, names, params, n_labels, n_samples)
-        real = {f"real_{name}": score for name, score in scores.of_real.items()}
-        if sampler.fewest >= args.n_gen + args.n_pos:
-            some = slice(mine.start, mine.start + n_labels)  # as many as are held at a time
-            stats = real_drift(args, some, sampler, encode, n_samples)
-            data.say(f"  real  {drift_text(stats, args.taus)}")
-            real |= drift_numbers(stats, args.taus, "real_")
-        log.write(step=start, **real)
+    if rank == 0:
+        if out.exists() and not stored:
+            print(f"{out} is of an earlier run: it is replaced, and its log and picture")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.with_suffix(".jsonl").open("a" if stored else "w") as file:
+            file.write(json.dumps(asdict(args)) + "\n")
+        print(f"{args}\n{len(images):,} images; classes {', '.join(names)}; {world} x {device}")
 
-    end = max(start, min(args.steps, args.stop_after or args.steps))
-    began = time.time()
-    total, since, then = {}, start, began  # of the drift's stats, since that step and that moment
-    skipped = torch.zeros(3, device=device)
-    unsaved = stopping = False
-    stop.training = True
-    draw = partial(draw_batch, args=args, sampler=sampler, model=model, mine=mine)
-    for step, batch in one_ahead(draw, start, end, sampler.home != device):
+    forward = net
+    if device.type == "cuda" if args.compile is None else args.compile:
+        try:
+            torch.compile(torch.exp)(torch.ones(1, device=device))
+        except Exception as error:  # of a missing compiler or Triton
+            sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
+        forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
+        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
+
+    def generate_and_encode(noise, style, label, alpha):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            x = forward(noise, style, label, alpha)
+        return encode(x.to(noise.dtype))
+
+    def encode_real(images):
+        with torch.no_grad():
+            return in_parts(encode, args.micro_batch, images.flatten(0, 1))
+
+    per_rank, rule = args.labels // world, (args.taus, args.iters, args.floor)
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)  # this rank's labels
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10000]
+    real = images[some, 0] if images.ndim == 5 else images[some]
+    real, real_labels = data.to_float(real).to(device), labels[some].to(device)
+    half = min(N_EVAL, len(real) // 2)
+    if rank == 0 and half > 20:  # what real images reach in the place of samples
+        found = fid.scores(real[:half], real_labels[:half], real[half:], real_labels[half:])
+        log(**{f"real_{name}": value for name, value in found.items()})
+    if sampler.count.min() >= args.n_gen + args.n_pos:
+        g = torch.Generator(device).manual_seed(args.seed)
+        label = draw_labels(args.labels, len(names), g)
+        x, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, g, mine)
+        sets = [encode_real(t) for t in (x[:, : args.n_gen], x[:, args.n_gen :], unc)]
+        _, stats = drift.features_loss(*sets, torch.ones(per_rank, device=device), *rule)
+        log(**drift_numbers(stats, args.taus, "real_"))
+
+    stop = []  # signals: the step ends, a checkpoint is written, the run ends
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has two of them
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, frame: stop.append(number))
+    end = min(args.steps, args.stop_after or args.steps)
+    began, then, since = time.time(), time.time(), start
+    for step in range(start, end):
+        g = torch.Generator(device).manual_seed(10_000_019 * args.seed + step)
+        label = draw_labels(args.labels, len(names), g)
+        alpha = draw_alpha(args.labels, args, g)[mine]
+        pos, unc = sampler.draw(label, args.n_pos, args.n_unc, g, mine)
+        noise, style = (t.chunk(world)[rank] for t in net.draw(args.labels * args.n_gen, g))
+        each = [t.repeat_interleave(args.n_gen) for t in (label[mine], alpha)]
+
+        fx = in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
+        fp, fu = encode_real(pos), encode_real(unc)
+        loss, stats = drift.features_loss(fx, fp, fu, alpha, *rule)
+        loss.backward()
+        stopping = average_gradients(params, bool(stop)) if world > 1 else bool(stop)
+        norm = clip_grad_norm_(params, 2.0)
+        for optimizer, full in zip(optimizers, (args.lr, args.muon), strict=False):
+            for group in optimizer.param_groups:
+                group |= dict(lr=full * rate(step, args), weight_decay=args.wd)
+            if norm.isfinite():  # else this step is left out
+                optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, params, 1 - args.ema)
+
         done = step + 1
-        with enough_memory(args, f"step {done}"):
-            stats = gradient(batch, args, forward, encode, n_labels, n_samples)
-        norm, told_to_stop = update(step, args, params, averages, optimizers, stop.signal)
-        total = {name: total.get(name, 0) + row for name, row in stats.items()}
-        skipped = count_skipped(skipped, norm)
-
-        # full: scores and a checkpoint are due; measure: FID; tell: a line of the log
-        full = done % args.eval_every == 0 or done == end
-        measure = args.fid_every and done % args.fid_every == 0
-        tell = done % args.log_every == 0 or done == start + 1 or full
-        look = tell or measure or done % 10 == 0  # to look is to wait for the GPU
-        if not look and world > 1 and device.type != "cpu":
-            continue
-        stopping = bool(told_to_stop)
-        if look and skipped[2] >= 10:
-            kept = f"{args.out} keeps the last checkpoint; lower --lr {args.lr:g}"
-            sys.exit(f"step {done}: ten gradients in a row were not finite. {kept}")
-        seen = dict(step=done, images=done * args.labels * args.n_gen, seconds=time.time() - began)
-        if tell or stopping:
-            stats = {name: row / (done - since) for name, row in total.items()}
-            speed = (done - since) / (time.time() - then)  # steps per second
-            report(log, seen, stats, norm, speed, (end - done) / speed, skipped[0], args)
-            total, since, then = {}, done, time.time()
-        if data.rank() == 0 and (full or stopping or (unsaved and tell)):
-            unsaved = not save(done, args, names, model, ema, optimizers)
+        last = done == end or stopping
+        seen = dict(step=done, images=done * args.labels * args.n_gen)
+        seen["seconds"] = int(time.time() - began)
+        if done % args.log_every == 0 or done == start + 1 or last:
+            numbers = drift_numbers(stats, args.taus)
+            numbers |= dict(grad_norm=norm.item(), lr=args.lr * rate(step, args))
+            speed = (done - since) * args.labels * args.n_gen / (time.time() - then)
+            log(**seen, **numbers, images_per_s=int(speed))
+            since, then = done, time.time()
+        if rank == 0 and (done % args.eval_every == 0 or last):
+            save(out, net, ema, optimizers, args, names, done)
+            try:
+                found = evaluate(ema, out.with_suffix(".png"), real, real_labels)
+                log(**seen, **found)
+            except Exception as error:  # no reason to end a run
+                print(f"no scores at step {done}: {error}", flush=True)
+            since, then = done, time.time()
         if stopping:
-            data.say(f"stopped after step {done}; go on with --resume {args.out}")
             break
-        if full:
-            log.write(**seen, **scores.print(done, ema))
-        if measure:
-            log.write(**seen, **scores.print_fid(done, ema))
-        if full or measure:
-            log.draw()
-            total, since, then = {}, done, time.time()  # not a part of the speed
-    if not stopping:
-        memory = f"{peak_memory(device):.2f} GB"
-        data.say(f"{end - start} steps in {time.time() - began:.0f} s, {memory}: {args.out}")
-    data.finish()
-    if unsaved:
-        sys.exit(f"the last steps are not in {args.out}: make room on the disk and --resume")
-    if stopping and stop.signal == signal.SIGINT:
-        sys.exit(130)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.run(main)
+    main()

@@ -1,240 +1,248 @@
-"""The path of docs/imagenet.md: labels in parts, recipes, ConvNeXt-V2, statistics, latents."""
+"""The folder imagenet/: the authors' files as ours, and data sets as latents."""
 
-import re
+import functools
+import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
-import features
-import fid
-import latents
-import train as training
-from conftest import ASSETS, fails, needs, photographs, relative, run, train
+import mae
+import model
+from conftest import ASSETS, needs
+from imagenet import convert, encode
+
+ARTIFACT = ASSETS / "artifact_gen" / "params_ema"  # written by the official code, random weights
 
 
-def problem(tiny_mae):
-    """A step of 6 labels, float64, and its encoder."""
-    args, _ = training.parse(["--n_gen", "5", "--floor", "1e-6"])
-    encode = features.Encoder(str(tiny_mae), 3, 16, [2]).double()
-    x, pos, unc = (
-        torch.randn(30, 3, 16, 16),
-        torch.rand(6, 4, 3, 16, 16),
-        torch.randn(6, 2, 3, 16, 16),
+def write_mae(folder):
+    """An encoder of noise as the authors' code writes it, and the same network of ours."""
+    needs("msgpack")
+    import msgpack
+
+    net = mae.MAE(
+        channels=4, size=32, width=8, patch=1, layers=[1, 2, 1, 1], num_classes=11, group=1
     )
-    alpha = torch.tensor([1, 1.5, 1, 3, 2, 1])
-    return [t.double() for t in (x, pos, unc, alpha)], encode, args
+    tree = {}
+    for name, parameter in net.state_dict().items():
+        torch.nn.init.normal_(parameter)
+        [key], order = convert.mae_key(name)
+        back = [order.index(i) for i in range(len(order))]
+        array = parameter.permute(back).contiguous().numpy()
+        packed = msgpack.packb([array.shape, "float32", array.tobytes()])
+        *path, leaf = key.split("/")
+        node = functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)
+        node[leaf] = msgpack.ExtType(1, packed)
+    config = dict(in_channels=4, base_channels=8, layers=[1, 2, 1, 1], input_patch_size=1)
+    metadata = dict(kind="mae", model_config=config | dict(num_classes=11, dropout_prob=0.0))
+    folder.mkdir()
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "ema_params.msgpack").write_bytes(msgpack.packb(tree))
+    return net
 
 
-@pytest.mark.parametrize("n, size", [(3, 15), (2, 4), (1, 5)])
-def test_labels_in_parts_give_the_same_gradient(tiny_mae, n, size):
-    images, encode, args = problem(tiny_mae)
-    whole, of_whole = training.images_gradient_by_labels(*images, encode, args, 30, 6)
-    dx, stats = training.images_gradient_by_labels(*images, encode, args, size, n)
-    assert whole.norm() > 0 and relative(dx, whole) < 1e-9
-    assert stats.keys() == of_whole.keys()
-    for name in stats:
-        torch.testing.assert_close(stats[name], of_whole[name], rtol=1e-9, atol=0)
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_labels_in_parts_hold_the_features_of_one(tiny_mae, monkeypatch):
-    images, encode, args = problem(tiny_mae)
-    most = []
-    normalised = training.drift.normalised_drift
-
-    def watched(targets, *rest):
-        y = list(targets)
-        most.append(sum(t.nbytes for t in y))
-        return normalised(iter(y), *rest)
-
-    monkeypatch.setattr(training.drift, "normalised_drift", watched)
-    training.images_gradient_by_labels(*images, encode, args, 30, 6)
-    training.images_gradient_by_labels(*images, encode, args, 5, 1)
-    assert max(most[1:]) * 6 == most[0]
+def line(script, *args):
+    """Runs a script that has to end with one line for the user, and returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(a) for a in args])
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
 
 
-def test_parts_of_labels_are_equal():
-    args, _ = training.parse(["--labels", "12", "--n_gen", "8", "--label_batch", "5"])
-    assert training.choose_parts(args, 12, None, None) == (4, 32)
-    args.micro_batch = 10
-    assert training.choose_parts(args, 12, None, None) == (4, 8)
-    args.label_batch = None
-    assert training.choose_parts(args, 12, None, None) == (12, 10)
-
-
-RECIPES = """
-latent-ablation  B   64  64   64  16  2e-4   5000  3  0    0.01   30000
-latent-L         L  128  64   64  32  4e-4  10000  3  0.5  0.01  200000
-latent-B         B  128  64   64  32  4e-4  10000  5  0    0     200000
-pixel-L          L  128  64  128  32  4e-4  10000  5  0    0.01  100000
-pixel-B          B  128  64  128  32  2e-4  10000  5  0    0.01  100000
-"""
-
-
-@pytest.mark.parametrize("line", RECIPES.strip().splitlines())
-def test_recipes(line):
-    name, model, *numbers = line.split()
-    args, _ = training.parse(["--dataset", f"imagenet-{name}:somewhere"])
-    columns = [
-        "labels",
-        "n_gen",
-        "n_pos",
-        "n_unc",
-        "lr",
-        "warmup",
-        "alpha_k",
-        "alpha_one",
-        "wd",
-        "steps",
+def test_a_generator_becomes_a_checkpoint(tmp_path):
+    needs("msgpack")
+    expected = convert.load_generator(ARTIFACT)
+    shutil.copytree(ARTIFACT, tmp_path / "flat")
+    for folder in (ARTIFACT, ARTIFACT.parent, tmp_path / "flat"):
+        convert.main([str(folder), str(tmp_path / "a.pt")])
+        net, checkpoint = model.load(tmp_path / "a.pt")
+        assert equal(net, expected) and net.config == expected.config
+        assert checkpoint["classes"] == [str(i) for i in range(11)]
+        assert checkpoint["args"] == {} and checkpoint["step"] == 0
+    images = [
+        dit.generate(torch.tensor([2, 9]), 1.5, torch.Generator().manual_seed(0))
+        for dit in (net, expected)
     ]
-    assert [getattr(args, c) for c in columns] == [float(n) for n in numbers]
-    assert (args.model, args.dataset) == (model, "latents:somewhere")
-    assert (args.iters, args.floor, args.decay, args.ema) == (1, 1e-6, 0, 0.999)
-    assert training.schedule(args.steps - 1, args) == 1
-    assert args.patch == (2 if "latent" in name else 16)
+    assert torch.equal(*images) and images[0].std() > 0.1
 
 
-def test_convnext_gives_the_official_features():
-    """Features and gradient of a small one, computed with the official code."""
-    needs("timm")
-    from timm.models.convnext import ConvNeXt
-
-    net = features.ConvNeXtV2.__new__(features.ConvNeXtV2)
-    torch.nn.Module.__init__(net)
-    net.size = 224
-    shape = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))
-    net.net = ConvNeXt(**shape, use_grn=True, ls_init_value=None, num_classes=0)
-    theirs = [
-        (r"^stem\.(\d)", r"downsample_layers_0.layers_\1"),
-        (r"stages\.(\d)\.downsample\.(\d)", r"downsample_layers_\1.layers_\2"),
-        (r"stages\.(\d)\.blocks\.(\d)", r"stages_\1.layers_\2"),
-        ("conv_dw", "dwconv"),
-        (r"mlp\.fc(\d)", r"pwconv\1"),
-        (r"mlp\.grn", "grn"),
-        (r"head\.norm", "norm"),
-    ]
-    with np.load(ASSETS / "golden_convnext.npz") as file:
-        golden = {name: torch.from_numpy(file[name]) for name in file.files}
-    state = {}
-    for name, parameter in net.net.state_dict().items():
-        key = name
-        for ours, other in theirs:
-            key = re.sub(ours, other, key)
-        *place, leaf = key.split(".")
-        leaves = ("weight", "kernel", "scale", "gamma") if leaf == "weight" else ("bias", "beta")
-        found = ["/".join(["params", *place, other]) for other in leaves]
-        [array] = [golden.pop(key) for key in found if key in golden]
-        order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, (0,))
-        array = array if array.ndim == 4 and "grn" in key else array.permute(order)
-        state[name] = array.reshape(parameter.shape)
-    assert not [name for name in golden if name.startswith("params")]
-    net.net.load_state_dict(state)
-
-    x = golden["x"].permute(0, 3, 1, 2).requires_grad_()
-    feats = net.eval().features(x)
-    assert {f"act/{name}" for name in feats} == {name for name in golden if name[:4] == "act/"}
-    total = 0
-    for name, f in feats.items():
-        assert relative(f, golden[f"act/{name}"]) < 5e-6, name
-        total = total + (f.flatten() * torch.arange(f.numel()).float().cos()).sum()
-    total.backward()
-    assert relative(x.grad, golden["grad_x"].permute(0, 3, 1, 2)) < 1e-4
+def test_an_encoder_becomes_a_file_of_mae(tmp_path):
+    expected = write_mae(tmp_path / "a")
+    convert.main([str(tmp_path / "a"), str(tmp_path / "a.pt")])
+    net = mae.load(tmp_path / "a.pt")
+    assert equal(net, expected) and net.config == expected.config
 
 
-def test_published_statistics_and_truncation(monkeypatch, tmp_path, capsys, stubs, checkpoint):
-    common = ["--inception", stubs / "original.pt", "--data_dir", tmp_path, "--device", "cpu"]
-    common += ["--ckpt", checkpoint, "--n", 40]
+def test_weights_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
+    needs("msgpack")
+    import msgpack
 
-    def score(*args):
-        capsys.readouterr()
-        run(monkeypatch, "fid.py", *common, *args)
-        return capsys.readouterr().out
+    folder, out = tmp_path / "a", tmp_path / "a.pt"
+    shutil.copytree(ARTIFACT, folder)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    weights = (folder / "ema_params.msgpack").read_bytes()
 
-    own = score("--dataset", "digits")
-    [kept] = tmp_path.glob("fid-*.npz")
-    with np.load(kept) as ref:
-        mean, cov = ref["mean"], ref["cov"]
-    np.savez(tmp_path / "a.npz", mu=mean, sigma=cov)
-    np.savez(tmp_path / "b.npz", ref_mu=mean, ref_sigma=cov)
-    value = re.search(r"FID-40 ([\d.]+)", own)[1]
-    for name in "ab":
-        line = score("--ref", tmp_path / f"{name}.npz")
-        assert f"FID-40 {value}" in line and "published statistics" in line
-        assert "precision" not in line
-    both = score("--ref", tmp_path / "a.npz", "--dataset", "digits")
-    assert f"FID-40 {value}" in both
-    assert re.search(r"precision [\d.]+  recall [\d.]+", both)[0] in own
-    cut = score("--dataset", "digits", "--truncate")
-    assert "inception2015-original-truncated" in cut
+    def changed(raw=weights, kind="gen", **config):
+        text = json.dumps(dict(kind=kind, model_config=metadata["model_config"] | config))
+        (folder / "metadata.json").write_text(text)
+        (folder / "ema_params.msgpack").write_bytes(raw)
+        return line(convert, folder, out)
 
-    np.savez(tmp_path / "other.npz", mu=mean[:7], sigma=cov[:7, :7])
-    np.savez(tmp_path / "no.npz", mu=mean)
-    line = fails(monkeypatch, capsys, "fid.py", *common, "--ref", tmp_path / "other.npz")
-    assert "statistics of 7 features" in line
-    line = fails(monkeypatch, capsys, "fid.py", *common, "--ref", tmp_path / "no.npz")
-    assert "has no mu and sigma" in line
+    assert "lack LightningDiT_0/blocks_3/RMSNorm_0/weight" in changed(depth=4)
+    assert "have LightningDiT_0/blocks_2/" in changed(depth=2)
+    assert "Embed_0/embedding has shape [11, 64]" in changed(num_classes=10)
+    assert "describes a toy, not a gen" in changed(kind="toy")
+    other = weights.replace(b"\xa7float32", b"\xa7float64", 1)
+    assert "float64 is not a type of weights" in changed(other)
+    assert "incomplete" in changed(weights[:-1])
+    assert "No such file" in line(convert, tmp_path / "none", out)
+    assert not out.exists()
 
-
-def test_truncated_images_are_those_of_the_authors(monkeypatch):
-    class Ramp:
-        config = type("Config", (), dict(num_classes=2))
-
-        def generate(self, label, alpha, generator):
-            return torch.tensor([[[[-1.5, -1, 0.9999 / 127.5 - 1, 1.5]]]]).expand(
-                len(label), 3, 1, 4
-            )
-
-    args = type("Args", (), dict(device="cpu", seed=0, batch=2, truncate=True))
-    for truncate, expected in ((True, [0, 0, 0, 255]), (False, [0, 0, 1, 255])):
-        args.truncate = truncate
-        [batch] = fid.draw_samples(Ramp(), 2, 1.0, args, None)
-        assert batch.dtype == torch.uint8 and batch[0, 0, 0].tolist() == expected
+    with pytest.raises(ValueError, match="describes a gen, not a mae"):
+        convert.load_mae(ARTIFACT)
+    half = msgpack.packb([[2, 1], "bfloat16", b"\x80\x3f\x00\xc0"])
+    assert convert.to_tensor(1, half).tolist() == [[1], [-2]]
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    assert "pip install msgpack" in line(convert, ARTIFACT, out)
 
 
-def test_the_whole_path_from_images_to_samples(monkeypatch, tmp_path, capsys, stubs):
-    """Photographs, an autoencoder trained on them, latents, an encoder, a generator, FID."""
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    needs("msgpack")
+    needs("huggingface_hub")
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, *allow_patterns))
+        shutil.copytree(ARTIFACT, tmp_path / "models/gen/jax/pixel_B_sota")
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    convert.main(["hf://pixel_B_sota", str(tmp_path / "a.pt")])
+    where = "models/gen/jax/pixel_B_sota"
+    files = (f"{where}/metadata.json", f"{where}/ema_params.msgpack")
+    assert asked == [("Goodeat/drifting", *files)]
+    assert equal(model.load(tmp_path / "a.pt")[0], convert.load_generator(ARTIFACT))
+    assert "pixel_L_sota" in line(convert, "hf://pixel_B", tmp_path / "b.pt")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install" in line(convert, "hf://ablation", tmp_path / "b.pt")
+    assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """An autoencoder of random weights, 3 x 16 x 16 to 4 x 8 x 8, and its folder."""
     needs("diffusers")
-    monkeypatch.chdir(tmp_path)
-    np.savez(
-        "photos.npz", arr_0=photographs().permute(0, 2, 3, 1).numpy(), labels=np.arange(200) // 20
-    )
-    run(monkeypatch, "docs/small_vae.py", "--dataset", "npz:photos.npz", "--steps", 40)
-    encode = ["encode", "--dataset", "npz:photos.npz", "--size", 32, "--vae", "vae/", "--crops", 2]
-    run(monkeypatch, "data.py", *encode, "--out", "latents/")
-    found, _, names, _ = latents.load("latents/")
-    assert found.shape == (200, 4, 4, 8, 8) and len(names) == 10
-    assert 0.5 < found.float().std() < 2  # the factor makes it about 1
-    vae = latents.load_vae("vae/", "cpu")
-    seen = latents.decode(vae, found[:, 0].float())
-    real = data.to_float(photographs())
-    error, spread = (seen - real).abs().mean(), (real - real.mean()).abs().mean()
-    assert error < 0.75 * spread  # of an autoencoder of 40 steps
-    assert (latents.decode(vae, found[:, 1].float()) - real.flip(-1)).abs().mean() < 0.75 * spread
+    from diffusers import AutoencoderKL
 
-    mae = ["--dataset", "latents:latents/", "--patch", 1, "--width", 8, "--layers", 1, 1, 1, 1]
-    run(monkeypatch, "mae.py", *mae, "--steps", 10, "--batch", 16, "--out", "mae.pt")
-    plan = ["--dataset", "latents:latents/", "--encoder", "mae.pt", "--n_gen", 8, "--n_pos", 8]
-    plan += ["--n_unc", 4, "--labels", 4, "--label_batch", 2, "--eval_every", 1, "--device", "cpu"]
-    train(*plan, "--steps", 2, "--vae", "vae/", "--out", "a.pt")
-    assert "0.0" in capsys.readouterr().out
-    size = data.read_image(tmp_path / "samples.png").size
-    assert min(size) >= 32 * 2  # decoded, two rows of at least 32 pixels
-    run(monkeypatch, "sample.py", "--ckpt", "a.pt", "--vae", "vae/", "--n", 20, "--out", "x.npz")
-    assert data.load("npz:x.npz")[0].shape == (20, 3, 32, 32)
-    common = ["--inception", stubs / "original.pt", "--data_dir", tmp_path, "--n", 20]
-    run(
-        monkeypatch, "fid.py", "--ckpt", "a.pt", "--vae", "vae/", "--dataset", "photos.npz", *common
+    torch.manual_seed(0)
+    net = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
     )
-    assert "FID-20" in capsys.readouterr().out
+    folder = tmp_path_factory.mktemp("vae")
+    net.save_pretrained(folder)
+    return net.eval(), folder
 
-    def bad(*args):
-        return fails(monkeypatch, capsys, "train.py", "--out", "b.pt", *args)
 
-    assert "is of the autoencoder vae/, not other" in bad(*plan, "--vae", "other")
-    assert "not resized to 16" in bad(*plan, "--size", 16)
-    assert "--fid_every needs images of 8 bits" in bad(*plan, "--fid_every", 1)
-    line = fails(
-        monkeypatch, capsys, "fid.py", "--ckpt", "a.pt", "--dataset", "photos.npz", *common
-    )
-    assert "gives latents, which --vae decodes" in line
+@pytest.fixture
+def pets(tmp_path):
+    """10 pictures of noise, of odd sizes, in two classes."""
+    rng = np.random.default_rng(0)
+    for name, n in (("cats", 4), ("dogs", 6)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(n):
+            noise = rng.integers(0, 256, (20 + 7 * i, 61 - 3 * i, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "pets" / name / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def command(dataset, vae, out):
+    args = ["--dataset", dataset, "--vae", vae, "--out", out]
+    args += ["--size", 16, "--batch", 4, "--device", "cpu", "--seed", 3]
+    return [str(a) for a in args]
+
+
+def test_latents_of_a_folder(tmp_path, vae, pets):
+    net, folder = vae
+    out = tmp_path / "latents"
+    encode.main(command(f"folder:{pets}", folder, out))
+    latents = np.load(out / "latents.npy")
+    assert latents.shape == (10, 2, 4, 8, 8) and latents.dtype == np.float16
+    assert np.load(out / "labels.npy").tolist() == [0] * 4 + [1] * 6
+    assert (out / "classes.txt").read_text() == "cats\ndogs\n"
+    assert (out / "done").read_text() == "10"
+
+    image = encode.centre_crop(data.read_image(pets / "dogs" / "2.png"), 16)
+    views = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    with torch.no_grad():
+        spread = net.encode(torch.stack([views, views.flip(-1)])).latent_dist
+    noise = np.random.default_rng([3, 6]).standard_normal((2, 4, 8, 8), np.float32)
+    expected = (spread.mean + spread.std * torch.from_numpy(noise) - 0.25) * 0.5
+    assert (torch.from_numpy(latents[6]) - expected).abs().max() < 0.01
+    assert (expected[0] - expected[1].flip(-1)).abs().max() > 0.1
+
+    images, labels, names = data.load(f"latents:{out}")
+    assert np.array_equal(images, latents)
+    assert labels.tolist() == [0] * 4 + [1] * 6 and names == ["cats", "dogs"]
+
+
+def test_a_killed_run_goes_on_to_the_same_file(tmp_path, vae, pets):
+    plan = command(f"folder:{pets}", vae[1], tmp_path / "latents")
+    path, counter = tmp_path / "latents" / "latents.npy", tmp_path / "latents" / "done"
+    encode.main(plan)
+    whole = path.read_bytes()
+    damaged = np.load(path, mmap_mode="r+")
+    damaged[:4] = 7  # stays, as it counts as written
+    damaged[4:] = 9
+    damaged.flush()
+    counter.write_text("4")
+    path.with_name("labels.npy").unlink()
+    encode.main(plan)
+    latents = np.load(path)
+    assert (latents[:4] == 7).all() and counter.read_text() == "10"
+    assert len(np.load(path.with_name("labels.npy"))) == 10
+    assert latents[4:].tobytes() == whole[-latents[4:].nbytes :]
+    assert "another data set or size" in line(encode, *plan, "--size", 32)
+    assert path.stat().st_size == len(whole)
+
+
+def test_arrays_become_colour_images(tmp_path, vae):
+    images, labels, _ = data.load("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name: (images[:5], labels[:5], list("0123456789")))
+        encode.main(command("digits", vae[1], tmp_path / "a"))
+    assert np.load(tmp_path / "a" / "latents.npy").shape == (5, 2, 4, 8, 8)
+    [image, mirror] = encode.read(images[0].expand(3, -1, -1).numpy(), 16)
+    assert image.shape == (3, 16, 16) and (image == mirror[:, :, ::-1]).all()
+    assert (image[0] == image[1]).all() and image.std() > 50
+
+
+def test_the_crop_is_that_of_adm():
+    """It is halved by boxes while it is twice too large, then resized, then cut."""
+    blocks = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+    image = Image.fromarray(blocks.repeat(4, axis=0).repeat(4, axis=1))  # 80 x 64
+    assert np.array_equal(encode.centre_crop(image, 16), blocks[:, 2:18])
+    for width, height in ((7, 9), (31, 130), (100, 17)):
+        assert encode.centre_crop(image.resize((width, height)), 16).size == (16, 16)
+
+
+def test_what_encode_lacks_is_one_line(tmp_path, vae, pets, monkeypatch):
+    out = tmp_path / "a"
+    assert "none" in line(encode, *command(f"folder:{tmp_path}/none", vae[1], out))
+    (pets / "cats" / "0.png").write_text("no image")
+    assert "0.png" in line(encode, *command(f"folder:{pets}", vae[1], out))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in line(encode, *command(f"folder:{pets}", vae[1], out))

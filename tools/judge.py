@@ -1,0 +1,88 @@
+"""
+Scores generators of MNIST or Fashion-MNIST by a small classifier that no recipe trains on.
+
+FD is the Fréchet distance of its 64 features to those of the test images. unsure are, of 1,000
+samples, those that it gives no class more than half a chance. std is a pixel's, within a class.
+$ python -m tools.judge out.pt other.pt --dataset fashion
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import fid
+import model
+
+
+class Classifier(nn.Sequential):
+    """Images [B, 1, 28, 28] -> logits [B, 10]; body: -> features [B, 64]."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for c_in, c_out in ((1, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+
+def train(net, images, labels):
+    steps = 3 * (len(images) // 128)
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in range(steps):
+        some = torch.randint(len(images), (128,))
+        F.cross_entropy(net(data.to_float(images[some])), labels[some]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@torch.no_grad()
+def scores(net, images, labels, real):
+    """A line on uint8 images, by uint8 real ones."""
+    f = torch.cat([net.body(data.to_float(part)) for part in images.split(500)])
+    f_real = torch.cat([net.body(data.to_float(part)) for part in real.split(500)])
+    p = net.head(f).softmax(1)
+    accuracy = (p.argmax(1) == labels).float().mean()
+    unsure = 1000 * (p.amax(1) < 0.5).float().mean()
+    fd = fid.frechet_distance(*fid.gaussian(f), *fid.gaussian(f_real))
+    x = data.to_float(images).flatten(1)
+    std = torch.stack([x[labels == k].std(0, correction=0).mean() for k in range(10)]).mean()
+    return f"FD {fd:.1f}  accuracy {accuracy:.3f}  unsure {unsure:.1f} of 1,000  std {std:.3f}"
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("checkpoints", nargs="+")
+    p.add_argument("--dataset", default="mnist", choices=["mnist", "fashion"])
+    args = p.parse_args(argv)
+    torch.manual_seed(0)
+    net = Classifier()
+    path = Path(f"data/judge_{args.dataset}.pt")
+    if not path.exists():
+        train(net, *data.load(args.dataset)[:2])
+        torch.save(net.state_dict(), path)
+    net.load_state_dict(torch.load(path))
+    net.eval()
+    real, label, _ = data.load(args.dataset, split="test")
+    print("2,000 real images ", scores(net, real[:2000], label[:2000], real[2000:]), flush=True)
+    label = torch.arange(2000) % 10
+    for checkpoint in args.checkpoints:
+        generator, _ = model.load(checkpoint)
+        draws = torch.Generator().manual_seed(0)
+        images = torch.cat([generator.generate(part, 1.0, draws) for part in label.split(200)])
+        print(f"{checkpoint} ", scores(net, data.to_uint8(images), label, real), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
