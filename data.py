@@ -44,8 +44,7 @@ def load(name, data_dir="data", size=None, split="train"):
 
     size None: the set's own, 64 of a folder. split: train, or test of mnist, fashion and cifar10.
     """
-    kind, _, path = name.partition(":")
-    data_dir, path, names = Path(data_dir), Path(path), []
+    data_dir, path, names = Path(data_dir), Path(name.partition(":")[2]), []
     if name == "digits":
         file = np.load(Path(__file__).with_name("assets") / "digits.npz")
         images = np.round(file["images"][:, None] * (255 / 16)).astype(np.uint8)
@@ -57,11 +56,11 @@ def load(name, data_dir="data", size=None, split="train"):
         names = GARMENTS.split()
     elif name == "cifar10":
         images, labels, names = load_cifar10(data_dir, split)
-    elif kind == "folder":
+    elif name.startswith("folder:"):
         images, labels, names = load_folder(path, data_dir, size or 64)
-    elif kind == "npz":
+    elif name.startswith("npz:"):
         images, labels = load_npz(path)
-    elif kind == "latents":
+    elif name.startswith("latents:"):
         with one_line(f"cannot read {path}"):
             images = np.load(path / "latents.npy", mmap_mode="c")
             labels = np.load(path / "labels.npy")
@@ -142,12 +141,10 @@ def load_npz(path):
         labels = file["labels"] if "labels" in file else np.zeros(len(images), int)
     found = f"{path}: arr_0 is {images.dtype} {images.shape}"
     pictures = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    floats = images.dtype.kind == "f" and images.ndim == 4
+    floats = images.dtype.kind == "f" and images.ndim == 4 and np.abs(images).max() <= 100  # no NaN
     images = images.transpose(0, 3, 1, 2) if pictures else images
     if not (pictures or floats) or images.shape[2] != images.shape[3]:
-        raise ValueError(f"{found}, not square uint8 [N, H, W, 1 or 3] or float [N, C, H, W]")
-    if floats and not np.abs(images).max(initial=0) <= 100:  # nor NaN
-        raise ValueError(f"{found}, with NaN or numbers above 100: scale it to about 1")
+        raise ValueError(f"{found}, not square uint8 [N, H, W, 1 or 3] or float [N, C, H, W] < 100")
     return np.ascontiguousarray(images, np.uint8 if pictures else np.float32), labels
 
 
@@ -192,7 +189,7 @@ def folder_files(root):
         print(f"{root}: {len(left_out)} files are left out, such as {min(left_out)}", flush=True)
     folders = [f.relative_to(root).parts[0] if f.parent != root else root.name for f in files]
     names, labels = np.unique(folders, return_inverse=True)
-    empty = [f for f in found if f.is_dir() and f.parent == root and f.name not in names]
+    empty = [f for f in found if f.parent == root and f.name not in names and f.is_dir()]
     if empty and files[0].parent != root:
         raise ValueError(f"{empty[0]} has no images")
     return files, labels, names.tolist()

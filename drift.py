@@ -5,41 +5,16 @@ The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.0
     V(x) = attraction of x to y_pos  -  attraction of x to y_neg        Algorithm 2: drift_field()
     loss = | x - stopgrad(x + V(x)) |^2                                 Algorithm 1: drift_loss()
 
-If the generated and the real distribution are the same, the two forces cancel and V = 0. This file
-needs torch alone: copy it into your own project. Shapes: F features of one shape, G groups (labels
-x locations), N samples, T their targets, C channels. toy.py shows it on 2-D points.
+If the generated and the real distribution are the same, the two forces cancel and V = 0.
+drift_field() is the plain field; drift_loss() repeats it for many features and taus, in the units
+of the paper's appendix A.6. This file needs torch alone: copy it into your own project. Shapes: F
+features of one shape, G groups (labels x locations), N samples, T their targets, C channels.
 """
 
 import torch
 import torch.distributed as dist
 
 TAUS = (0.02, 0.05, 0.2)  # kernel widths, in units of the mean distance
-
-
-@torch.library.custom_op("drifting::matmul", mutates_args=())
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in full precision, whatever autocast and TF32 say: tau divides what is left of a
-    difference of large numbers. An operator of its own: torch.compile cannot trace the switches."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        with torch.autocast(a.device.type, enabled=False):
-            product = a @ b
-        torch.set_float32_matmul_precision(before)
-        return product
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = cuda.fp32_precision, cpu.fp32_precision
-    cuda.fp32_precision = cpu.fp32_precision = "ieee"
-    with torch.autocast(a.device.type, enabled=False):
-        product = a @ b
-    cuda.fp32_precision, cpu.fp32_precision = before
-    return product
-
-
-@matmul.register_fake
-def _(a, b):
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty(*batch, a.shape[-2], b.shape[-1])
 
 
 def as_float(x):
@@ -57,14 +32,13 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
     """A of Algorithm 2 [..., N, T]: geometric mean of the softmax over y and the softmax over x.
 
     D [..., N, T] are distances, tau is the width of the kernel exp(-D / tau). With mask_self the
-    first N columns are the rows themselves, and no sample sees itself. The mean is taken of
-    logarithms. The official code takes sqrt(max(softmax * softmax, 1e-6)): floor=1e-6 does so, and
-    pulls every x a little to the mean of all y. iters > 1 repeats the averaging, which goes on
-    towards the Sinkhorn coupling of x and y.
+    first N columns are the rows themselves, and no sample sees itself. The official code takes
+    sqrt(max(softmax * softmax, 1e-6)): floor=1e-6 does so, and pulls every x a little to the mean
+    of all y. iters > 1 repeats the averaging, so that the sums over y and over x both come to one.
     """
     logit = D / -tau
     if mask_self:
-        logit.diagonal(dim1=-2, dim2=-1).sub_(1e6)  # finite: of one sample alone, inf would be NaN
+        logit.diagonal(dim1=-2, dim2=-1).sub_(1e6)  # with a single sample, -inf would give NaN
     for _ in range(iters):
         over_y, over_x = logit.log_softmax(-1), logit.log_softmax(-2)
         logit = over_y.lerp_(over_x, 0.5)  # log sqrt(softmax over y * softmax over x)
@@ -75,14 +49,14 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
 def field_weights(D, w, n_pos, tau, mask_self=False, iters=1, floor=0.0):
     """W of Algorithm 2 [..., N, T], by which V = W @ y; the last n_pos of the targets y are real.
 
-    w [..., T] multiplies the affinities after the softmaxes: a weight scales the force of a target,
-    not the mass for which the others compete. The rows of W sum to zero.
+    w [..., T] multiplies the affinities after the softmaxes: it scales the force of a target and
+    leaves the softmaxes alone. The rows of W sum to zero. W is made in place, as A is large.
     """
     A = affinity(D, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))
     A_neg, A_pos = A.split([A.shape[-1] - n_pos, n_pos], dim=-1)
     sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)
-    A_pos.mul_(sum_neg)  # W_pos = A_pos * sum(A_neg), in place
-    A_neg.mul_(-sum_pos)  # -W_neg = -A_neg * sum(A_pos), in place
+    A_pos.mul_(sum_neg)  # W_pos = A_pos * sum(A_neg)
+    A_neg.mul_(-sum_pos)  # -W_neg = -A_neg * sum(A_pos)
     return A
 
 
@@ -97,7 +71,7 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
     w = y.new_ones(y.shape[:-1])
     if w_neg is not None:
         w[..., : w_neg.shape[-1]] = w_neg
-    centre = as_float(x).mean(-2, keepdim=True)  # V sees no shift, but large numbers lose digits
+    centre = as_float(x).mean(-2, keepdim=True)  # V does not change, and keeps more digits
     y = y - centre
     W = field_weights(distance(x - centre, y), w, y_pos.shape[-2], tau, mask_self, iters, floor)
     return matmul(W, y)  # W_pos @ y_pos - W_neg @ y_neg
@@ -134,13 +108,13 @@ def drift_loss(
         targets = [(y, w) for y, w in ((x, w_gen), (y_unc, w_unc), (y_pos, w_pos)) if y is not None]
         w = torch.cat([x.new_ones(y.shape[-3:-1]) if w is None else w for y, w in targets], dim=-1)
         y = torch.cat([as_float(y) for y, _ in targets], dim=-2)  # [F, G, T, C]
-        y = y - x.mean(-2, keepdim=True)  # V sees no shift, but large numbers lose digits
+        y = y - x.mean(-2, keepdim=True)  # V does not change, and keeps more digits
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
         # The unit of a feature is its mean distance, over groups, samples and targets.
         total = (D.mean(-2) * w).mean((-2, -1))
         total, mass = mean_over_ranks(torch.stack([total, w.mean().expand_as(total)]))
-        scale = total / mass
+        scale = total / mass  # the two limits below are those of the official code
         unit = scale.clamp(min=1e-3)[..., None, None, None]
         s = (scale / C**0.5).clamp(min=1e-3)[..., None, None, None]  # x / s: mean distance sqrt(C)
 
@@ -149,8 +123,10 @@ def drift_loss(
         parts = list(zip(D.split(n, -3), w.split(n, -2), y.split(n, -3), strict=True))
         fields = []
         for tau in taus:
-            rule = n_pos, tau * unit, True, iters, floor
-            V = [matmul(field_weights(D_n, w_n, *rule), y_n) for D_n, w_n, y_n in parts]
+            V = []
+            for D_n, w_n, y_n in parts:
+                W = field_weights(D_n, w_n, n_pos, tau * unit, True, iters, floor)
+                V.append(matmul(W, y_n))
             fields.append(torch.cat(V, dim=-3) / s)
 
         # Every field is divided by its own root mean square, and they are added.
@@ -190,3 +166,36 @@ def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
         rows = torch.cat([found["drift"], found["scale"][:, None]], dim=1)
         stats |= dict(zip(names, rows, strict=True))
     return loss, stats
+
+
+@torch.library.custom_op("drifting::matmul", mutates_args=())
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in full precision: small differences of large squares are divided by a small tau, and
+    rounding by bf16 or TF32 would be all that is left of them.
+
+    What the user has set by autocast or by either API of torch is left as it was. This is an
+    operator of its own because torch.compile cannot trace these switches.
+    """
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later
+        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        before = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+    finally:
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
+        else:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+
+
+@matmul.register_fake
+def _(a, b):  # the shape of the product, for torch.compile
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty(*batch, a.shape[-2], b.shape[-1])

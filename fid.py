@@ -7,7 +7,7 @@ $ python fid.py out.pt cifar10 --n 10000
 $ python fid.py samples/ cifar10:test
 $ python fid.py samples.npz imagenet256.npz
 
-FIDs by other networks or of other numbers of images do not compare: below 10,000 it is FID-n.
+FIDs by other networks or of other numbers of images are not comparable: below 10,000 it is FID-n.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import model
 
 def gaussian(x):
     """Mean [C] and covariance [C, C] of x [N, C], in float64."""
-    x = x.double().cpu()
+    x = x.cpu().double()  # mps has no float64
     return x.mean(0), x.T.cov()
 
 

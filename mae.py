@@ -6,7 +6,7 @@ U-Net fills it in. A linear classifier may join in the last steps. Averaged weig
 
 $ python mae.py --dataset cifar10 --flip --out mae_cifar10.pt
 
-The paper's for its ablation, on latents
+The paper's ablation encoder, on latents
 $ python mae.py --dataset latents:latents --width 256 --patch 1 --layers 3 4 6 3 --batch 8192 \
       --lr 4e-3 --warmup 4000 --steps 30000 --out mae_latents.pt
 """

@@ -229,7 +229,7 @@ def load_net(path, build, weights):
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}") from None
     except Exception as error:  # what torch raises for damaged files has no type in common
-        raise ValueError(f"{path} is damaged or of another kind ({type(error).__name__})") from None
+        raise ValueError(f"{path} is damaged or of another kind ({error!r})") from None
     return net, checkpoint
 
 

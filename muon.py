@@ -34,8 +34,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                B = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                B.mul_(group["momentum"]).add_(p.grad)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                B = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
                 # A matrix with more rows than columns has larger numbers, as all its columns are
                 # of length one: the original correction.
                 lr = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5

@@ -10,9 +10,9 @@ A generator of latents: decoded by an autoencoder of diffusers, or floats in an 
 $ python sample.py --ckpt latent_L.pt --classes 207 --n 8 --vae stabilityai/sd-vae-ft-mse
 """
 
-import argparse
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,7 @@ import model
 
 @torch.no_grad()
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="of train.py, or of imagenet/convert.py")
     p.add_argument("--n", type=int, default=64, help="number of images")
     p.add_argument("--classes", nargs="+", help="names or numbers, in turn [all]")
@@ -61,8 +60,7 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sample.py: error: {error}")
     net.eval().to(args.device)
-    label = torch.tensor([numbers[name] for name in wanted])
-    label = label.repeat(-(-args.n // len(wanted)))[: args.n]
+    label = torch.tensor([numbers[wanted[i % len(wanted)]] for i in range(args.n)])
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same on any device
     images, began = [], time.time()
     for part in label.to(args.device).split(args.batch):
@@ -78,6 +76,8 @@ def main(argv=None):
         data.save_grid(images, out, min(10, len(wanted)) if len(wanted) > 1 else 10)
     elif out.suffix == ".npz":
         array = images if latents else images.permute(0, 2, 3, 1)
+        if all(name.isdigit() for name in names):  # then a label is the number it was trained on
+            label = torch.tensor([int(names[i]) for i in label])
         np.savez(out, arr_0=array.numpy(), labels=label.numpy())
     else:
         for i, image in enumerate(images.permute(0, 2, 3, 1).squeeze(3).numpy()):

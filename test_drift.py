@@ -4,8 +4,8 @@ What is proven, in less than a minute of two cores, without a network or a GPU:
     the drift field and the loss    equal plain loops, and the authors' JAX code, number by number;
                                     and they have the properties that the paper argues from
     the generator, the encoder      equal the authors' JAX code, on weights that it has written
-    training                        learns digits; resumed, in parts or on two ranks, it takes the
-                                    same steps; killed, it leaves a whole checkpoint
+    training                        learns digits; takes the same steps if it is resumed, cut into
+                                    parts or on two ranks; leaves a whole checkpoint when killed
     what a user gets wrong          is one line
 
 $ python -m pytest -q           # this file
@@ -14,10 +14,8 @@ $ python -m pytest -q tests     # every script and file
 """
 
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -27,7 +25,7 @@ import torch
 import drift
 import features
 import train
-from conftest import ASSETS, HERE, needs, python, relative
+from conftest import ASSETS, needs, relative, start
 from drift import drift_field, drift_loss
 from imagenet import convert
 from mae import MAE
@@ -56,22 +54,19 @@ def loss_and_grad(x, *args, **kwargs):
 # The field and the loss, against plain loops
 
 
-def log_sum_exp(values):
-    most = max(values)
-    return most + math.log(sum(math.exp(v - most) for v in values))
-
-
 def slow_field(x, y, n_neg, tau, w):
     """Algorithm 2 for one group, V [N, C], with loops over lists; the first N rows of y are x."""
     N, T, C = len(x), len(y), len(x[0])
-    logit = [[-math.dist(x[i], y[j]) / tau if i != j else -1e6 for j in range(T)] for i in range(N)]
-    row = [log_sum_exp(logit[i]) for i in range(N)]
-    col = [log_sum_exp([logit[i][j] for i in range(N)]) for j in range(T)]
+    near = [[math.exp(-math.dist(a, b) / tau) for b in y] for a in x]
+    for i in range(N):
+        near[i][i] = 0  # no sample sees itself
+    row = [sum(near[i]) for i in range(N)]
+    col = [sum(near[i][j] for i in range(N)) for j in range(T)]
     V = []
     for i in range(N):
         A = []
         for j in range(T):
-            softmax_y, softmax_x = math.exp(logit[i][j] - row[i]), math.exp(logit[i][j] - col[j])
+            softmax_y, softmax_x = near[i][j] / row[i], near[i][j] / col[j]
             A.append(math.sqrt(softmax_y * softmax_x) * w[j])
         neg, pos = sum(A[:n_neg]), sum(A[n_neg:])
         v = []
@@ -168,28 +163,6 @@ def test_no_gradient_through_the_target():
     assert V.square().mean().item() == pytest.approx(loss.item(), rel=1e-9)
 
 
-def test_collapsed_samples_are_pushed_apart_and_far_ones_pulled_in():
-    real = torch.randn(1, 64, 2)
-    collapsed = 0.01 * torch.randn(1, 64, 2)
-    step = -loss_and_grad(collapsed, real)[1]
-    outward = collapsed - collapsed.mean(1, keepdim=True)
-    assert ((step - step.mean(1, keepdim=True)) * outward).sum() > 0
-    far = torch.randn(1, 64, 2) + 10
-    assert (-loss_and_grad(far, real)[1].mean(1) < 0).all()
-
-
-def test_the_floor_pulls_everything_to_the_mean():
-    """Two far clusters, samples and data alike: without the floor no sample feels the other one."""
-    mode = torch.tensor([[-10.0, 0.0], [10.0, 0.0]]).repeat(32, 1)
-    x, y = mode + torch.randn(64, 2), mode + torch.randn(64, 2)
-
-    def pull(floor):
-        V = drift_field(x, y, x, 0.1, mask_self=True, floor=floor)
-        return abs((V * -mode.sign())[:, 0].mean().item())
-
-    assert pull(0.0) < 0.05 * pull(1e-4)
-
-
 def test_sinkhorn_steps_make_the_affinity_doubly_stochastic():
     dist = drift.distance(torch.randn(1, 8, 2), torch.randn(1, 8, 2))
     off = []
@@ -197,8 +170,6 @@ def test_sinkhorn_steps_make_the_affinity_doubly_stochastic():
         A = drift.affinity(dist, 0.5, iters=iters)
         off.append((A.sum(-1) - 1).abs().max().item())
     assert off[0] > off[1] > off[2] and off[2] < 1e-3
-    expected = ((-dist / 0.5).softmax(-1) * (-dist / 0.5).softmax(-2)).sqrt()
-    torch.testing.assert_close(drift.affinity(dist, 0.5), expected)
 
 
 def test_scaling_and_shifting_the_features_changes_nothing():
@@ -238,26 +209,10 @@ def test_kernel_width_does_not_depend_on_the_number_of_channels():
 # Guidance, and many features at once
 
 
-def test_alpha_one_leaves_only_the_softmax_mass():
-    x, y_pos, y_unc, *_ = problem()
-    zero, ones = x.new_zeros(y_unc.shape[:2]), [x.new_ones(t.shape[:2]) for t in (y_pos, x)]
-    with_mass = loss_and_grad(x, y_pos, y_unc, zero)
-    without = loss_and_grad(x, y_pos)
-    # weight 0: not in the mean distance
-    assert with_mass[2]["scale"] == pytest.approx(without[2]["scale"].item())
-    slow, slow_grad = slow_loss(x, y_pos, y_unc, zero, *ones, taus=drift.TAUS)
-    assert with_mass[0].item() == pytest.approx(slow, rel=1e-6)
-    assert relative(with_mass[1], slow_grad) < 1e-6
-    assert relative(with_mass[1], without[1]) > 1e-3  # the mass is there,
-    nobody = loss_and_grad(x, y_pos, y_unc + 1e3, zero)
-    assert relative(nobody[1], without[1]) < 1e-6  # and only that
-
-
 def test_guidance_reaches_the_gradient():
     x, y_pos, y_unc, *_ = problem()
-    low, high = (
-        loss_and_grad(x, y_pos, y_unc, x.new_full(y_unc.shape[:2], w))[1] for w in (0.0, 3.0)
-    )
+    low = loss_and_grad(x, y_pos, y_unc, x.new_zeros(y_unc.shape[:2]))[1]
+    high = loss_and_grad(x, y_pos, y_unc, x.new_full(y_unc.shape[:2], 3.0))[1]
     assert relative(high, low) > 0.05
 
 
@@ -279,14 +234,10 @@ def test_guidance_weight_follows_the_label():
     weight = torch.tensor([0.0, 0.0, 2.0, 2.0])  # (alpha - 1) (N - 1) / U
     expected, grad, of_loss = loss_and_grad(x_g, y_pos, y_unc, weight[:, None].repeat(1, U))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (
-        relative(x.grad, grad.view(L, places, N, C).transpose(1, 2).reshape(L * N, places, C))
-        < 1e-5
-    )
+    grad = grad.view(L, places, N, C).transpose(1, 2).reshape(L * N, places, C)
+    assert relative(x.grad, grad) < 1e-5
     torch.testing.assert_close(stats["f"][:-1], of_loss["drift"])
     torch.testing.assert_close(stats["f"][-1], of_loss["scale"])
-    even = loss_and_grad(x_g, y_pos, y_unc, torch.full((L * places, U), 2.0))
-    assert relative(even[1], grad) > 1e-2  # it does matter whose weight it is
 
 
 def test_a_step_adds_the_losses_of_its_features():
@@ -424,11 +375,6 @@ def test_digits_are_learnt(tmp_path, capsys):
     assert names == {"a.pt", "a.png", "a.jsonl"}
 
 
-@pytest.fixture(autouse=True)
-def _fewer_scores(monkeypatch):
-    monkeypatch.setattr(train, "N_EVAL", 50)
-
-
 def test_resume_equals_uninterrupted(tmp_path):
     plan = [*QUICK, "--steps", 6, "--eval_every", 2]
     run(*plan, "--out", tmp_path / "whole.pt")
@@ -464,8 +410,9 @@ def test_two_ranks_take_the_same_steps(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
     plan = [tmp_path / "small.py", *QUICK, "--steps", 3, "--warmup", 0, "--out"]
     for command in ([*plan, "one.pt"], [*TORCHRUN, *plan, "two.pt", "--micro_batch", 9]):
-        status, out, err = python(*command, cwd=tmp_path)
-        assert status == 0, err
+        job = start(*command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        out = job.communicate(timeout=300)[0]
+        assert job.returncode == 0, out
     assert "2 x cpu" in out
     off = relative(weights(tmp_path / "two.pt"), weights(tmp_path / "one.pt"))
     print(f"\nweights of 2 ranks against 1, relative: {off:.1e}", end="")
@@ -475,9 +422,8 @@ def test_two_ranks_take_the_same_steps(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_run_leaves_a_whole_checkpoint(tmp_path, number):
     (tmp_path / "small.py").write_text(SMALL)
-    command = [sys.executable, "small.py", *QUICK, "--eval_every", "2", "--steps", "5000"]
-    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL) as job:
+    command = ["small.py", *QUICK, "--eval_every", 2, "--steps", 5000]
+    with start(*command, cwd=tmp_path, stdout=subprocess.DEVNULL) as job:
         while not (tmp_path / "out.png").exists():
             time.sleep(0.1)
         job.send_signal(number)
@@ -495,16 +441,12 @@ def test_a_stopped_run_leaves_a_whole_checkpoint(tmp_path, number):
     "line, flags",
     [
         ("no data set digit", ["--dataset", "digit"]),
-        ("there is no folder nowhere", ["--dataset", "folder:nowhere"]),
         ("class 8 has 174 images", ["--n_pos", 175]),
         ("unrecognized arguments: --nonsense", ["--nonsense"]),
         ("--steps 0 must be at least 1", ["--steps", 0]),
         ("--lr nan must be", ["--lr", "nan"]),
         ("images of 8 pixels have no patches of 3", ["--patch", 3]),
-        ("pool:3 does not fit", ["--encoder", "pool:3"]),
         ("no encoder dinoo", ["--encoder", "dinoo"]),
-        ("there is no checkpoint none.pt", ["--encoder", "none.pt"]),
-        ("there is no checkpoint none.pt", ["--init", "none.pt"]),
         ("there is no checkpoint none.pt", ["--resume", "none.pt"]),
         ("there are tiny, S, B, L", ["--model", "XL"]),
     ],

@@ -1,8 +1,8 @@
 """
-Drifting on 2-D points: the whole method on one screen. Draws drift.gif in half a minute of a CPU.
+A network learns two sets of 2-D points by drifting, in half a minute of a CPU. Draws drift.gif.
 
 $ python toy.py
-$ python toy.py --iters 3 --floor 1e-6  # what the Sinkhorn steps and the official floor do
+$ python toy.py --floor 1e-6   # the official floor: all samples are pulled to the mean of the data
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(argv=None):
     for name, default in dict(steps=1500, iters=1, floor=0.0, out="drift.gif").items():
         p.add_argument(f"--{name}", type=type(default), default=default)
     args = p.parse_args(argv)
-    torch.set_flush_denormal(True)  # as exp() of far pairs gives, slow on some CPUs
+    torch.set_flush_denormal(True)  # exp() of far pairs gives denormals, slow on some CPUs
     torch.manual_seed(0)
     films = []
     for data in (swiss_roll, checkerboard):

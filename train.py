@@ -106,7 +106,7 @@ N_EVAL = 1000  # samples that are scored
 def parse(argv=None):
     """-> Settings, what was typed of them, and the checkpoint to resume, or None. ValueError.
 
-    What is typed overrides the resumed checkpoint's settings, or those of the preset.
+    What is typed goes before a resumed checkpoint's settings, a preset's and the defaults.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -131,7 +131,7 @@ def parse(argv=None):
     if path and (Path(path).exists() or typed["resume"] != "auto"):
         stored = model.load(path)[1]
         preset = {name: value for name, value in stored["args"].items() if name in hints}
-        preset["out"] = path
+        preset |= dict(out=path, stop_after=0)
     args = Settings(**preset | typed)
     for name, hint in hints.items():
         value, least = getattr(args, name), get_args(hint)[2:]
@@ -174,8 +174,16 @@ def prepare(argv, rank, world):
         args.n_pos = int(count.min())
     if args.labels % world and "labels" in typed:
         raise ValueError(f"--labels {args.labels} is no multiple of {world} ranks")
-    args.labels += -args.labels % world
+    if args.labels % world:
+        args.labels += -args.labels % world
+        print(f"--labels: now {args.labels}, a multiple of the ranks")
     net = build_generator(args, typed, source, images.shape[-3:], len(names))
+    try:
+        net.load_state_dict(source["model" if stored else "ema"] if source else net.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit: {error}") from None
+    if len(names) != net.config.num_classes:
+        net.resize_classes(len(names))
     sampler = data.Sampler(images, labels, device, args.flip)
     encode = build_encoder(args, sampler, len(names))
     if rank == 0 and world > 1:
@@ -184,7 +192,7 @@ def prepare(argv, rank, world):
 
 
 def build_generator(args, typed, source, shape, classes):
-    """A generator of images [C, H, W]: new, or of a checkpoint `source`, with a class table."""
+    """A new generator of images [C, H, W], of the settings or of the shape of a checkpoint."""
     torch.manual_seed(args.seed)
     if args.model not in SIZES:
         raise ValueError(f"--model {args.model}: there are {', '.join(SIZES)}")
@@ -195,12 +203,7 @@ def build_generator(args, typed, source, shape, classes):
     if (config.in_channels, config.input_size) != (shape[0], shape[-1]):
         gives = f"{config.in_channels} x {config.input_size}^2"
         raise ValueError(f"the generator gives {gives}, the data are {shape[0]} x {shape[-1]}^2")
-    net = DiT(config)
-    if source:
-        net.load_state_dict(source["model" if args.resume else "ema"])
-    if classes != config.num_classes:
-        net.resize_classes(classes)
-    return net
+    return DiT(config)
 
 
 def build_encoder(args, sampler, classes):
@@ -213,7 +216,8 @@ def build_encoder(args, sampler, classes):
         if not path.exists():
             print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
             steps = 20000 if sampler.device.type == "cuda" else 1000
-            mae.train(sampler, classes, path, patch=max(1, size // 16), steps=steps)
+            patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
+            mae.train(sampler, classes, path, patch=patch, steps=steps)
         names[names.index("mae")] = str(path)
     return features.Encoder(names, channels, size, sampler.device)
 
@@ -221,20 +225,20 @@ def build_encoder(args, sampler, classes):
 def build_optimizers(args, net, stored):
     """AdamW; and Muon for the matrices of the blocks, if --muon says so."""
     named = net.blocks.named_parameters()
-    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name and args.muon]
-    chosen = set(matrices)
+    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name]
+    chosen = set(matrices) if args.muon else set()
     rest = [p for p in net.parameters() if p not in chosen]
     optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), fused=True)]
     if args.muon:
         optimizers.append(Muon(matrices, args.muon))
-    if stored and bool(stored.get("muon")) == bool(args.muon):  # else they begin anew
+    if stored and "optimizer" in stored and bool(stored["muon"]) == bool(args.muon):
         for optimizer, name in zip(optimizers, ("optimizer", "muon"), strict=False):
             optimizer.load_state_dict(stored[name])
     return optimizers
 
 
 def draw_labels(n, classes, g):
-    """Labels [n], none twice before every class has come once."""
+    """Labels [n]: shuffled passes over all classes."""
     lot = torch.rand(-(-n // classes), classes, generator=g, device=g.device)
     return lot.argsort(1).flatten()[:n]
 
@@ -313,9 +317,9 @@ def main(argv=None):
             import wandb
 
             wandb.init(project=args.wandb, config=asdict(args))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: error: {' '.join(str(error).split())}")
-    torch.set_flush_denormal(True)  # exp() of far pairs gives some, slow on some CPUs
+    torch.set_flush_denormal(True)  # exp() of far pairs gives denormals, slow on some CPUs
     device, out, start = sampler.device, Path(args.out), stored["step"] if stored else 0
     optimizers, ema = build_optimizers(args, net, stored), deepcopy(net).requires_grad_(False)
     if stored:
@@ -342,13 +346,14 @@ def main(argv=None):
         print(f"{args}\n{len(images):,} images; classes {', '.join(names)}; {world} x {device}")
 
     forward = net
-    if device.type == "cuda" if args.compile is None else args.compile:
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
         try:
             torch.compile(torch.exp)(torch.ones(1, device=device))
         except Exception as error:  # of a missing compiler or Triton
             sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
         forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
-        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)
+        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)  # as drift calls it
 
     def generate_and_encode(noise, style, label, alpha):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -362,10 +367,11 @@ def main(argv=None):
     per_rank, rule = args.labels // world, (args.taus, args.iters, args.floor)
     mine = slice(rank * per_rank, (rank + 1) * per_rank)  # this rank's labels
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10000]
+    some = some[: 2**28 // images[0].numel() if rank == 0 else 0]  # at most a gigabyte
     real = images[some, 0] if images.ndim == 5 else images[some]
     real, real_labels = data.to_float(real).to(device), labels[some].to(device)
     half = min(N_EVAL, len(real) // 2)
-    if rank == 0 and half > 20:  # what real images reach in the place of samples
+    if half > 20:  # what real images reach in the place of samples
         found = fid.scores(real[:half], real_labels[:half], real[half:], real_labels[half:])
         log(**{f"real_{name}": value for name, value in found.items()})
     if sampler.count.min() >= args.n_gen + args.n_pos:
@@ -382,9 +388,11 @@ def main(argv=None):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, frame: stop.append(number))
     end = min(args.steps, args.stop_after or args.steps)
+    if start >= end:
+        print(f"{out} is at step {start} of {end} already: give more --steps")
     began, then, since = time.time(), time.time(), start
     for step in range(start, end):
-        g = torch.Generator(device).manual_seed(10_000_019 * args.seed + step)
+        g = torch.Generator(device).manual_seed(10_000_019 * args.seed + step)  # of all ranks
         label = draw_labels(args.labels, len(names), g)
         alpha = draw_alpha(args.labels, args, g)[mine]
         pos, unc = sampler.draw(label, args.n_pos, args.n_unc, g, mine)
@@ -399,7 +407,7 @@ def main(argv=None):
         norm = clip_grad_norm_(params, 2.0)
         for optimizer, full in zip(optimizers, (args.lr, args.muon), strict=False):
             for group in optimizer.param_groups:
-                group |= dict(lr=full * rate(step, args), weight_decay=args.wd)
+                group.update(lr=full * rate(step, args), weight_decay=args.wd)
             if norm.isfinite():  # else this step is left out
                 optimizer.step()
             optimizer.zero_grad()

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import struct
 import time
-from http.client import IncompleteRead
 from pathlib import Path
 from unittest import mock
 
@@ -33,14 +32,12 @@ def refuses(name, *words, data_dir="data"):
 
 
 def saved(image, path, **how):
-    """The pixels that are read from a file of a pillow image."""
     image.save(path, **how)
     return np.asarray(data.read_image(path))
 
 
 def square(inside, outside):
-    """uint8 [32, 32, channels]: a square of one colour upon another."""
-    pixels = np.full((32, 32, len(outside)), outside, np.uint8)
+    pixels = np.full((32, 32, len(outside)), outside, np.uint8)  # of any number of channels
     pixels[8:24, 8:24] = inside
     return pixels
 
@@ -48,17 +45,11 @@ def square(inside, outside):
 RGBA = Image.fromarray(square((*GREEN, 255), (*MAGENTA, 0)))
 PALETTE = Image.fromarray(square((1,), (0,))[..., 0]).convert("P")
 PALETTE.putpalette([*MAGENTA, *GREEN])
-PA = PALETTE.convert("PA")
-PA.putalpha(RGBA.getchannel("A"))
 DEEP = Image.fromarray(257 * square((128,), (9,))[..., 0].astype(np.uint16))
 TRANSPARENT = {  # image, how it is saved, colour of the square
     "rgba.png": (RGBA, {}, GREEN),
-    "rgba.webp": (RGBA, {"lossless": True}, GREEN),
-    "la.png": (RGBA.convert("LA"), {}, (75, 75, 75)),
-    "pa.tiff": (PA, {}, GREEN),
     "palette.png": (PALETTE, {"transparency": 0}, GREEN),
     "palette_of_alphas.png": (PALETTE, {"transparency": b"\0\xff"}, GREEN),
-    "palette.gif": (PALETTE, {"transparency": 0}, GREEN),
     "rgb.png": (RGBA.convert("RGB"), {"transparency": MAGENTA}, GREEN),
     "grey.png": (RGBA.convert("L"), {"transparency": 105}, (75, 75, 75)),
     "grey16.png": (DEEP, {"transparency": 9 * 257}, (128, 128, 128)),
@@ -90,15 +81,12 @@ def test_turned_images_are_upright(tmp_path, suffix):
     assert read.shape == (40, 20, 3) and read[:16].min() > 200 and read[24:].max() < 50
 
 
-@pytest.mark.parametrize("kind, value, size", [(3, b"\6\0\0\0", (20, 40)), (2, b"up?", (40, 20))])
-def test_exif_of_odd_types(tmp_path, kind, value, size):
-    Image.new("RGB", (40, 20), GREEN).save(tmp_path / "a.jpg")
-    tags = [(0x112, kind, 1, value), (0x100, 2, 4, b"abc"), (0x9003, 3, 1, b"\7")]
+def test_exif_of_odd_types(tmp_path):
+    tags = [(0x112, 3, 1, b"\6\0\0\0"), (0x100, 2, 4, b"abc")]  # turned; a width that is a text
     packed = b"".join(struct.pack("<HHI4s", *tag) for tag in tags)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + packed + bytes(4)
-    start = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2)
-    (tmp_path / "a.jpg").write_bytes(start + exif + (tmp_path / "a.jpg").read_bytes()[2:])
-    assert data.read_image(tmp_path / "a.jpg").size == size
+    read = saved(Image.new("RGB", (40, 20), GREEN), tmp_path / "a.jpg", exif=exif)
+    assert read.shape == (40, 20, 3)
 
 
 def test_an_image_with_a_long_text(tmp_path):
@@ -119,30 +107,24 @@ def test_photographs_of_12_megapixels(tmp_path):
 def test_one_class_however_it_comes(tmp_path):
     pets = write_folder(tmp_path / "pets")
     shutil.rmtree(pets / "dogs")
-    for name, labels in (("a", {}), ("b", {"labels": np.full(9, 7)})):
-        np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8), **labels)
-    for name in ("folder:pets", "folder:pets/cats", "npz:a.npz", "npz:b.npz"):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8))
+    for name in ("folder:pets", "folder:pets/cats", "npz:a.npz"):
         _, labels, names = data.load(name.replace(":", f":{tmp_path}/"), tmp_path)
         assert len(names) == 1 and labels.tolist() == [0] * 9
 
 
-def test_linked_classes_2_and_10(tmp_path):
+def test_linked_classes_and_files_left_out(tmp_path, capsys):
     write_folder(tmp_path / "pool")
-    (tmp_path / "linked" / "3").mkdir(parents=True)
-    for name, target in (("2", "cats"), ("10", "dogs"), ("3/more", "dogs")):
-        (tmp_path / "linked" / name).symlink_to(tmp_path / "pool" / target)
-    images, labels, names = data.load(f"folder:{tmp_path}/linked", tmp_path, 8)
+    root = tmp_path / "linked"
+    (root / "3").mkdir(parents=True)
+    for name, target in (("2", "cats"), ("10", "dogs"), ("3/more", "dogs"), ("3/a.png", "none")):
+        (root / name).symlink_to(tmp_path / "pool" / target)
+    for name in ("3/IMG_1.HEIC", "3/no_ending", "3/x.jxl", "beside.png", ".DS_Store"):
+        (root / name).write_bytes(b"not an image that pillow knows")
+    images, labels, names = data.load(f"folder:{root}", tmp_path, 8)
     assert names == ["10", "2", "3"] and labels.bincount().tolist() == [9, 9, 9]
     assert images[labels == 1][:, 0].min() == 255  # cats are red
-
-
-def test_files_left_out_are_counted(tmp_path, capsys):
-    root = write_folder(tmp_path / "pets")
-    (root / "dogs" / "broken.png").symlink_to("nowhere")
-    for name in ("cats/IMG_1.HEIC", "cats/no_ending", "dogs/x.jxl", "beside.png", ".DS_Store"):
-        (root / name).write_bytes(b"not an image that pillow knows")
-    assert len(data.load(f"folder:{root}", tmp_path, 8)[0]) == 18
-    assert f"5 files are left out, such as {root}/beside.png" in capsys.readouterr().out
+    assert f"5 files are left out, such as {root}/3/IMG_1.HEIC" in capsys.readouterr().out
 
 
 def test_files_that_do_not_open_are_all_listed(tmp_path):
@@ -153,6 +135,8 @@ def test_files_that_do_not_open_are_all_listed(tmp_path):
     [listed] = (tmp_path / "cache").iterdir()  # and no cache, not even half of one
     assert "4.png" not in line and str(listed) in line
     assert all(f"{i}.png" in text for i, text in enumerate(listed.read_text().splitlines(), 1))
+    (root / "eels").mkdir()
+    refuses(f"folder:{root}", "eels has no images")
     refuses(f"folder:{tmp_path}/none", "no folder", "none")
 
 
@@ -190,10 +174,9 @@ def test_arrays_that_are_no_data_set(tmp_path):
     refuses(f"npz:{tmp_path}/none.npz", "none.npz")
 
 
-@pytest.mark.parametrize("answer", [b"<html>Log in</html>", IncompleteRead(b""), OSError("none")])
+@pytest.mark.parametrize("answer", [io.BytesIO(b"<html>Log in</html>"), OSError("none")])
 def test_downloads_that_are_cut_or_a_login_page(monkeypatch, tmp_path, answer):
-    reply = (lambda url, timeout: io.BytesIO(answer)) if isinstance(answer, bytes) else answer
-    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=reply))
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=[answer, answer]))
     refuses("mnist", data.MNIST, tmp_path / "MNIST" / "raw", "by hand", data_dir=tmp_path)
     refuses("cifar10", data.CIFAR10, tmp_path / "cifar-10", "by hand", data_dir=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -209,9 +192,8 @@ def test_mnist(tmp_path):
     packed.write_bytes(gzip.compress(struct.pack(">HBBi", 0, 8, 1, 20) + bytes(labels)))
     loaded = data.load("mnist", tmp_path)
     assert (loaded[0][:, 0].numpy() == images).all() and loaded[1].tolist() == labels
-    for damaged in (packed.read_bytes()[:30], b"<html>Log in</html>"):
-        packed.write_bytes(damaged)
-        refuses("mnist", packed, "delete it", data_dir=tmp_path)
+    packed.write_bytes(packed.read_bytes()[:30])
+    refuses("mnist", packed, "delete it", data_dir=tmp_path)
 
 
 def test_cifar10(monkeypatch, tmp_path):
@@ -250,18 +232,3 @@ def test_half_of_the_images_are_mirrored():
         sampler = data.Sampler(which, torch.zeros(200).long(), "cpu", flip)
         drawn = sampler.draw(torch.tensor([0]), 200, 0, torch.Generator().manual_seed(0))[0]
         assert abs(drawn[..., 0].mean() - left) < 0.2 and (drawn.sum(-1) == 0).all()
-
-
-def test_a_grid_goes_row_by_row(tmp_path):
-    images = torch.tensor([40, 80, 120, 160, 200], dtype=torch.uint8)
-    data.save_grid(images.view(5, 1, 1, 1).expand(5, 3, 28, 28), tmp_path / "a.png", columns=2)
-    grid = np.asarray(Image.open(tmp_path / "a.png"))
-    assert grid.shape == (180, 120, 3)  # 28 pixels and a margin, twice as large
-    assert grid[30::60, 30::60, 0].tolist() == [[40, 80], [120, 160], [200, 0]]
-
-
-def test_an_empty_class_is_refused(tmp_path):
-    write_folder(tmp_path / "pets", 2)
-    (tmp_path / "pets" / "eels").mkdir()
-    with pytest.raises(ValueError, match="eels has no images"):
-        data.load(f"folder:{tmp_path}/pets", tmp_path)

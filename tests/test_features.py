@@ -37,18 +37,6 @@ def test_pixels_pools_and_windows_by_hand():
     assert torch.equal(feats["window:4"][1, 5], x[1, :, 2:6, 4:8].flatten())
 
 
-def test_multiscale_by_hand():
-    f, token = torch.randn(2, 3, 4, 6), torch.randn(2, 1, 5)
-    feats = features.multiscale({"f": f, "token": token})
-    expected = {"f": (24, 3), "f_mean": (1, 3), "f_std": (1, 3), "token": (1, 5)}
-    assert shapes(feats) == expected | {"f_mean_2": (6, 3), "f_std_2": (6, 3)}  # 4 divides not 6
-    assert feats["token"] is token and torch.equal(feats["f"][1, 7], f[1, :, 1, 1])
-    patch = f[1, 2, 2:4, 2:4]  # the fifth of 2 x 3
-    torch.testing.assert_close(feats["f_mean_2"][1, 4, 2], patch.mean())
-    torch.testing.assert_close(feats["f_std_2"][1, 4, 2], patch.std(correction=0))
-    torch.testing.assert_close(feats["f_mean"][:, 0], f.mean((2, 3)))
-
-
 def test_convnext_gives_the_official_features():
     """Features and gradient of a small one, computed with the authors' JAX code."""
     needs("timm")
@@ -134,7 +122,7 @@ def test_what_is_no_encoder_is_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    for name in ("window:3", "window:64", "window:20", "pool:0", "pool:x", "pool:5"):
+    for name in ("window:3", "window:64", "window:20", "pool:0", "pool:x"):
         assert f"{name} does not fit images of 32 pixels" in bad(name)
     assert "no encoder none:" in bad("none") and "no checkpoint none.pt" in bad("none.pt")
     net, path = MAE(width=8), tmp_path / "a.pt"
@@ -143,7 +131,6 @@ def test_what_is_no_encoder_is_one_line(tmp_path, monkeypatch):
     assert "1 or 3 channels, not 4" in bad("dinov2", channels=4)
     torch.save(timm_net("test_vit", 32).net.state_dict(), tmp_path / "b.pt")
     assert "timm cannot load nothing" in bad("timm:nothing")
-    assert "from none.pth" in bad("timm:test_vit=none.pth")
     assert "Missing key" in bad(f"timm:test_vit={path}")
     assert "24 pixels are no multiple of 16" in bad(f"timm:test_vit@24={tmp_path}/b.pt")
     monkeypatch.setitem(sys.modules, "timm", None)

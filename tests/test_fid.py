@@ -61,8 +61,7 @@ def pool(images):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    needs("torch_fidelity")
-    import torch_fidelity
+    torch_fidelity = needs("torch_fidelity")
 
     class StandIn(torch_fidelity.FeatureExtractorBase):
         get_provided_features_list = staticmethod(lambda: ("pooled",))
@@ -75,14 +74,8 @@ def flags(tmp_path_factory):
             return (pool(images),)
 
     torch_fidelity.register_feature_extractor("stand-in", StandIn)
-    return [
-        "--network",
-        "stand-in",
-        "--device",
-        "cpu",
-        "--data_dir",
-        str(tmp_path_factory.mktemp("cache")),
-    ]
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return ["--network", "stand-in", "--device", "cpu", "--data_dir", cache]
 
 
 def test_fid_of_two_sets_and_of_published_statistics(tmp_path, flags, capsys):

@@ -12,9 +12,8 @@ from model import DiT, DiTConfig
 
 
 def draw(ckpt, out, *options):
-    """Images and labels that sample.py writes, if to an .npz."""
     sample.main(["--ckpt", str(ckpt), "--out", str(out), *map(str, options)])
-    if out.suffix == ".npz":
+    if out.suffix == ".npz":  # images and labels
         return np.load(out)["arr_0"], np.load(out)["labels"].tolist()
 
 
@@ -30,8 +29,7 @@ def test_grid_files_and_array_are_the_same_images(tmp_path):
     assert images.shape == (25, 8, 8, 1) and labels == [i % 10 for i in range(25)]
     in_parts, _ = draw(ckpt, tmp_path / "b.npz", "--n", 25, "--batch", 7)
     assert np.abs(images - in_parts.astype(int)).max() <= 1  # batches round in another order
-    other, _ = draw(ckpt, tmp_path / "c.npz", "--n", 25, "--seed", 1)
-    assert np.abs(images - other.astype(int)).max() > 10
+    assert (images != draw(ckpt, tmp_path / "c.npz", "--n", 25, "--seed", 1)[0]).mean() > 0.5
     draw(ckpt, tmp_path / "files", "--n", 25)
     files = [tmp_path / "files" / f"{i:06d}_{i % 10}.png" for i in range(25)]
     assert (np.stack([Image.open(file) for file in files]) == images[..., 0]).all()
@@ -42,16 +40,18 @@ def test_grid_files_and_array_are_the_same_images(tmp_path):
 
 def test_classes_by_name_and_number(tmp_path):
     ckpt, out = tmp_path / "a.pt", tmp_path / "a.npz"
+    save_generator(tiny_generator(), ckpt, ["1", "2"])
+    assert draw(ckpt, out, "--n", 3)[1] == [1, 2, 1]  # as in the data
     save_generator(tiny_generator(), ckpt, ["10", "2", "rose"])
     wanted = ["rose", "10", "2", "0", "1"]  # 10 and 2 are names before they are numbers
     assert draw(ckpt, out, "--n", 6, "--classes", *wanted)[1] == [2, 0, 1, 0, 1, 2]
     draw(ckpt, tmp_path / "files", "--n", 1, "--classes", "10")
-    assert [file.name for file in (tmp_path / "files").iterdir()] == ["000000_10.png"]
+    assert (tmp_path / "files" / "000000_10.png").exists()
     refuses("not empty", ckpt, tmp_path / "files")
     refuses("no class 3: there are 10, 2, rose", ckpt, out, "--classes", "rose", "3")
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:999])
-    torch.save({"a": 1}, tmp_path / "foreign.pt")
-    for name in ("none.pt", "foreign.pt", "cut.pt"):
+    torch.save({"a": 1}, tmp_path / "odd.pt")
+    for name in ("none.pt", "odd.pt", "cut.pt"):
         refuses(name, tmp_path / name, out)
 
 
@@ -66,5 +66,5 @@ def test_latents_are_kept_or_decoded(tmp_path):
     latents, _ = draw(ckpt, tmp_path / "a.npz", "--n", 9)
     vae.save_pretrained(tmp_path / "vae")
     images, _ = draw(ckpt, tmp_path / "b.npz", "--n", 9, "--vae", tmp_path / "vae")
-    decoded = data.to_uint8(vae.decode(torch.from_numpy(latents) / 0.18215).sample)
-    assert np.abs(images - decoded.permute(0, 2, 3, 1).int().numpy()).max() <= 1
+    decoded = data.to_uint8(vae.decode(torch.from_numpy(latents) / 0.18215).sample).int()
+    assert np.abs(images - decoded.permute(0, 2, 3, 1).numpy()).max() <= 1

@@ -4,23 +4,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from conftest import HERE, save_generator, tiny_generator, write_folder
+from conftest import HERE, save_generator, start, tiny_generator, write_folder
 
 QUICK = ["--device", "cpu", "--n_gen", "4", "--log_every", "1", "--muon", "0"]
 
 
 @pytest.fixture(autouse=True)
-def _fewer_scores(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "N_EVAL", 50)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
@@ -75,9 +74,8 @@ def test_typed_settings_are_used_at_resume():
     torch.save(torch.load("out.pt", weights_only=True), "copy.pt")
     plain, _ = run("--resume", "out.pt", "--stop_after", 3)
     for name, value in dict(wd=50, lr=1e-1, ema=0.1, warmup=1, muon=0.02, seed=5).items():
-        typed, _ = run(
-            "--resume", "copy.pt", "--stop_after", 3, f"--{name}", value, "--out", "b.pt"
-        )
+        resume = ["--resume", "copy.pt", "--out", "b.pt", "--stop_after", 3]
+        typed, _ = run(*resume, f"--{name}", value)
         assert typed["args"][name] == value
         part = "ema" if name == "ema" else "model"
         pairs = zip(plain[part].values(), typed[part].values(), strict=True)
@@ -98,37 +96,26 @@ def test_resume_of_an_older_versions_file_and_of_moved_data():
     assert [line["step"] for line in lines if "drift_0.2" in line] == [1, 2]
 
 
-def test_resume_auto_starts_or_goes_on():
+def test_resume_auto_starts_or_goes_on_and_a_new_run_replaces_the_old(capsys):
     auto = [*QUICK, "--resume", "auto"]
     assert run(*auto, "--steps", 1)[0]["step"] == 1
     assert run(*auto, "--steps", 2)[0]["step"] == 2
-
-
-def test_a_new_run_replaces_the_files_of_an_old_one(capsys):
-    run(*QUICK, "--steps", 2)
     _, lines = run(*QUICK, "--steps", 1)
     assert "of an earlier run" in capsys.readouterr().out and lines[-1]["step"] == 1
 
 
-def test_one_class_is_no_label(tmp_path):
-    """Whether it comes as a folder, in an array or by --unconditional."""
+def test_one_class_is_no_label_and_few_images_lower_the_default(tmp_path, capsys):
     write_folder(tmp_path / "pets", 3)
-    one = dict(arr_0=np.zeros((9, 8, 8, 1), np.uint8), labels=np.full(9, 7))
-    np.savez("one.npz", **one)
-    common = [*QUICK[2:], "--steps", 1, "--encoder", "pixels", "--size", 8, "--patch", 4]
-    for data in (["folder:pets/cats"], ["npz:one.npz"], ["folder:pets", "--unconditional"]):
-        state, _ = run("--dataset", *data, *common)
+    common = ["--steps", 1, "--encoder", "pixels", "--size", 8, "--patch", 4]
+    for data in (["folder:pets/cats"], ["folder:pets", "--unconditional"]):
+        state, _ = run(*QUICK, "--dataset", *data, *common)
         args = state["args"]
         assert (args["labels"], args["n_unc"], args["alpha_max"]) == (1, 0, 1.0)
         assert state["classes"] == ["all"] and args["n_gen"] == 4
-
-
-def test_few_images_lower_the_default_and_refuse_what_is_typed(capsys):
-    np.savez("few.npz", arr_0=np.random.randint(0, 255, (3, 8, 8, 1), np.uint8))
-    plan = [*QUICK, "--dataset", "npz:few.npz", "--encoder", "pixels", "--steps", 1]
-    assert run(*plan)[0]["args"]["n_pos"] == 3
-    assert "class all has 3 images" in capsys.readouterr().out
-    assert "class all has 3 images" in refused(*plan, "--n_pos", 4)
+    few = "class cats has 3 images"
+    assert run(*QUICK, "--dataset", "folder:pets", *common)[0]["args"]["n_pos"] == 3
+    assert few in capsys.readouterr().out
+    assert few in refused(*QUICK, "--dataset", "folder:pets", *common, "--n_pos", 4)
 
 
 def test_an_error_in_diagnostics_does_not_end_a_run(monkeypatch, capsys):
@@ -140,11 +127,11 @@ def test_an_error_in_diagnostics_does_not_end_a_run(monkeypatch, capsys):
 def test_a_gradient_that_is_not_finite_is_left_out(monkeypatch):
     monkeypatch.setattr(train, "clip_grad_norm_", lambda params, most: torch.tensor(float("nan")))
     state, _ = run(*QUICK, "--steps", 2)
-    start, _ = run(*QUICK, "--steps", 1)
-    assert all(torch.equal(state["model"][k], v) for k, v in start["model"].items())
+    first, _ = run(*QUICK, "--steps", 1)
+    assert all(torch.equal(state["model"][k], v) for k, v in first["model"].items())
 
 
-def test_fine_tuning_takes_weights_and_gets_a_class_table(tmp_path):
+def test_fine_tuning_takes_weights_and_gets_a_class_table():
     net = tiny_generator()
     save_generator(net, "given.pt", [str(i) for i in range(10)])
     np.savez("two.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), labels=np.arange(20) % 2)
@@ -157,21 +144,15 @@ def test_fine_tuning_takes_weights_and_gets_a_class_table(tmp_path):
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch):
-    def compile(f, **kwargs):
-        def call(*args):
-            raise RuntimeError("no C++ compiler\nand many more lines")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile)
+    error = RuntimeError("no C++ compiler\nand many more lines")
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=error))
     assert "--no-compile" in refused(*QUICK, "--compile", "--steps", 1)
 
 
 def test_torchrun_stops_with_a_checkpoint_of_both_ranks(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, str(HERE / "train.py"), *QUICK, "--steps", "100000"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=-3) as job:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, HERE / "train.py", *QUICK, "--steps", 100000]
+    with start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         log = tmp_path / "out.jsonl"
         while not log.exists() or '"step": 3' not in log.read_text():
             time.sleep(0.2)
