@@ -97,7 +97,8 @@ class Timm(nn.Module):
                 raise ValueError(f"{self.size} pixels are no multiple of {stride}")
         except Exception as error:  # of imports, the hub, files and names: no type in common
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"timm cannot load {name} from {file or 'a hub'} ({reason})") from None
+            how = f"pip install timm, or name a file of weights, timm:{name}=FILE"
+            raise ValueError(f"cannot load {name} ({reason}): {how}") from None
         self.is_efficientnet = isinstance(net, timm.models.EfficientNet)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))

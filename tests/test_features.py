@@ -130,7 +130,7 @@ def test_what_is_no_encoder_is_one_line(tmp_path, monkeypatch):
     assert "(3, 32), not (1, 32)" in bad(str(path), channels=1)
     assert "1 or 3 channels, not 4" in bad("dinov2", channels=4)
     torch.save(timm_net("test_vit", 32).net.state_dict(), tmp_path / "b.pt")
-    assert "timm cannot load nothing" in bad("timm:nothing")
+    assert "cannot load nothing" in bad("timm:nothing")
     assert "Missing key" in bad(f"timm:test_vit={path}")
     assert "24 pixels are no multiple of 16" in bad(f"timm:test_vit@24={tmp_path}/b.pt")
     monkeypatch.setitem(sys.modules, "timm", None)
