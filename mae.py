@@ -167,7 +167,8 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
         if step % 100 == 0 or step in (1, steps):
             print(f"{step:6d}  loss {loss.item():.4f}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(config=net.config, model=average.state_dict()), path)
+    torch.save(dict(config=net.config, model=average.state_dict()), f"{path}.tmp")
+    Path(f"{path}.tmp").replace(path)  # a run that is killed leaves no half a file
     if C in (1, 3):
         rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
         rows = torch.cat([row[:10].detach() for row in rows])

@@ -23,8 +23,6 @@ from mae import MAE
 from model import DiT, DiTConfig
 
 REPOSITORY = "Goodeat/drifting"
-RELEASED = ["latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"]
-RELEASED += ["mae_latent_640", "mae_pixel_640", "mae_latent_256"]
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 
 # Modules of model.py, and what the authors call them; those of a block are below blocks_i.
@@ -149,9 +147,8 @@ def fill(net, plan, arrays):
 
 def find(folder):
     """The folder of the two files, folder itself or its params_ema/, and the metadata."""
-    folder = Path(folder)
-    if (folder / "params_ema").is_dir():
-        folder = folder / "params_ema"
+    inner = Path(folder) / "params_ema"
+    folder = inner if inner.is_dir() else Path(folder)
     return folder, json.loads((folder / METADATA).read_text())
 
 
@@ -159,21 +156,16 @@ def read(folder, kind):
     """Reads the two files -> model_config, {official key: tensor}."""
     import msgpack
 
+    def to_tensor(code, packed):  # nothing in these files can run code
+        shape, dtype, raw = msgpack.unpackb(packed)
+        types = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
+        return torch.frombuffer(bytearray(raw), dtype=types[dtype]).reshape(shape)
+
     folder, metadata = find(folder)
     if metadata["kind"] != kind:
         raise ValueError(f"{METADATA} describes a {metadata['kind']}, not a {kind}")
     tree = msgpack.unpackb((folder / WEIGHTS).read_bytes(), ext_hook=to_tensor)
     return metadata["model_config"], dict(flatten(tree))
-
-
-def to_tensor(code, packed):
-    """The tensor of a msgpack extension, which holds shape, name of the type and bytes."""
-    import msgpack
-
-    shape, dtype, raw = msgpack.unpackb(packed)
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"{dtype} is not a type of weights")
-    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(shape)
 
 
 def flatten(tree, prefix=""):
@@ -185,25 +177,18 @@ def flatten(tree, prefix=""):
             yield prefix + key, value
 
 
-def download(name):
-    """Downloads a released network, once -> its folder."""
-    from huggingface_hub import snapshot_download
-
-    if name not in RELEASED:
-        raise ValueError(f"the authors have released {', '.join(RELEASED)}")
-    folder = f"models/{'mae' if name.startswith('mae') else 'gen'}/jax/{name}"
-    files = [f"{folder}/{METADATA}", f"{folder}/{WEIGHTS}"]
-    return Path(snapshot_download(REPOSITORY, allow_patterns=files)) / folder
-
-
 def convert(source):
     """hf://NAME or a folder -> the dictionary that train.py or mae.py would save."""
-    folder = download(source[5:]) if source.startswith("hf://") else source
-    _, metadata = find(folder)
+    if source.startswith("hf://"):
+        from huggingface_hub import snapshot_download
+
+        inside = f"models/{'mae' if source.startswith('hf://mae') else 'gen'}/jax/{source[5:]}"
+        source = Path(snapshot_download(REPOSITORY, allow_patterns=f"{inside}/*")) / inside
+    _, metadata = find(source)
     if metadata["kind"] == "mae":
-        net = load_mae(folder)
+        net = load_mae(source)
         return dict(config=net.config, model=net.state_dict())
-    net = load_generator(folder)
+    net = load_generator(source)
     weights, classes = net.state_dict(), [str(i) for i in range(net.config.num_classes)]
     state = dict(model=weights, ema=weights, config=asdict(net.config), classes=classes)
     return state | dict(args={}, step=0)
@@ -212,7 +197,7 @@ def convert(source):
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("source", help=f"a folder, or hf:// and one of {', '.join(RELEASED)}")
+    p.add_argument("source", help="a folder, or hf://NAME of imagenet/README.md")
     p.add_argument("out", help="file to write")
     args = p.parse_args(argv)
     try:

@@ -23,14 +23,6 @@ from PIL import Image
 import data
 
 
-def open_dataset(name):
-    """-> files, or arrays uint8 [3, H, W]; labels; class names."""
-    if name.startswith("folder:"):
-        return data.folder_files(Path(name[7:]))  # one by one: ImageNet does not fit the memory
-    images, labels, names = data.load(name)
-    return images.expand(-1, 3, -1, -1).numpy(), labels.numpy(), names
-
-
 def centre_crop(image, size):
     """The middle of a pillow image, size x size, as ADM crops ImageNet."""
     while min(image.size) >= 2 * size:
@@ -65,7 +57,11 @@ def encode_views(vae, views, first, seed):
 
 
 def encode(vae, args):
-    items, labels, names = open_dataset(args.dataset)
+    if args.dataset.startswith("folder:"):  # one by one: ImageNet does not fit the memory
+        items, labels, names = data.folder_files(Path(args.dataset[7:]))
+    else:
+        images, labels, names = data.load(args.dataset)
+        items, labels = images.expand(-1, 3, -1, -1).numpy(), labels.numpy()
     out, total = Path(args.out), len(items)
     out.mkdir(parents=True, exist_ok=True)
     counter = out / "done"
