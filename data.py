@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # some tools write novels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
+    2**30
+)  # some tools store long texts
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -196,7 +198,7 @@ def folder_files(root):
 
 
 def read_image(path, least=2**16):
-    """An image file in RGB, upright, on white; a large JPEG smaller, not below `least` pixels."""
+    """An image file in RGB, upright, on white. A large JPEG may come smaller, not below `least`."""
     image = Image.open(path)
     image.draft("RGB", (least, least))
     image.load()
@@ -217,9 +219,11 @@ class Sampler:
 
     def __init__(self, images, labels, device, flip=False):
         self.device = torch.device(device)
-        self.flip = flip and images.ndim == 4  # half of the images; else a mirror image is a view
+        self.flip = flip and images.ndim == 4  # latents hold their mirror images as views
         free = torch.cuda.mem_get_info(device)[0] if self.device.type == "cuda" else 0
-        images = images.to(device) if images.nbytes < free / 4 else images  # too large ones stay
+        images = (
+            images.to(device) if images.nbytes < free / 4 else images
+        )  # large sets stay on the CPU
         self.images = images if images.ndim == 5 else images[:, None]  # of a single view
         self.labels = labels.to(device)
         self.count = labels.bincount().to(device)  # [classes]
@@ -232,7 +236,9 @@ class Sampler:
         L, rand = len(labels), dict(generator=generator, device=self.device)
         lot = torch.rand(L, self.count.max(), **rand)
         missing = torch.arange(lot.shape[1], device=self.device) >= self.count[labels, None]
-        place = lot.masked_fill(missing, -1).topk(n_pos).indices  # a class is as large as it is
+        place = (
+            lot.masked_fill(missing, -1).topk(n_pos).indices
+        )  # never a missing one, as n_pos is at most count
         pos = self.order[self.start[labels, None] + place]  # [L, P]
         index = torch.cat([pos, torch.randint(len(self.images), (L, n_unc), **rand)], dim=1)
         images = self.fetch(index[mine], torch.rand(index.shape, **rand)[mine])

@@ -33,8 +33,8 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
 
     D [..., N, T] are distances, tau is the width of the kernel exp(-D / tau). With mask_self the
     first N columns are the rows themselves, and no sample sees itself. The official code takes
-    sqrt(max(softmax * softmax, 1e-6)): floor=1e-6 does so, and pulls every x a little to the mean
-    of all y. iters > 1 repeats the averaging, so that the sums over y and over x both come to one.
+    sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6: it also pulls every x to the mean of
+    y_pos. iters > 1 repeats the averaging: all sums over y become equal, and all sums over x.
     """
     logit = D / -tau
     if mask_self:
@@ -47,7 +47,7 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
 
 
 def field_weights(D, w, n_pos, tau, mask_self=False, iters=1, floor=0.0):
-    """W of Algorithm 2 [..., N, T], by which V = W @ y; the last n_pos of the targets y are real.
+    """W of Algorithm 2 [..., N, T], so that V = W @ y; the last n_pos of the targets y are real.
 
     w [..., T] multiplies the affinities after the softmaxes: it scales the force of a target and
     leaves the softmaxes alone. The rows of W sum to zero. W is made in place, as A is large.

@@ -66,7 +66,7 @@ def save_films(films, path, size=300):
         frame = Image.new("RGB", (size * len(films), size), "white")
         pen = ImageDraw.Draw(frame)
         for panel, (x, y, V) in enumerate(moment):
-            V = V / V.norm(dim=1).mean().clamp(min=1e-6) * 0.1  # its mean length is for the eye
+            V = V / V.norm(dim=1).mean().clamp(min=1e-6) * 0.1  # mean length 0.1, for display only
             x, y, tip = ((p.clamp(-1.2, 1.2) + 1.2) / 2.4 * size for p in (x, y, x + V))
             x, y, tip = ((p + torch.tensor([panel * size, 0])).tolist() for p in (x, y, tip))
             for a, b in y:

@@ -1,7 +1,7 @@
 """
 Trains a one-step generator by drifting: writes out.pt, out.png (samples) and out.jsonl (log).
 
-$ python train.py                                           # embedded digits, a minute or two
+$ python train.py                                           # 8 x 8 digits, a minute or two
 $ python train.py --dataset mnist --out mnist.pt            # what is typed overrides the preset
 $ python train.py --dataset folder:flowers --size 64 --model S --patch 4 --out flowers.pt
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
@@ -65,7 +65,7 @@ class Settings:  # Annotated[type, meaning, least value]
     alpha_one: Annotated[float, "share of labels without guidance", 0] = 0.5
 
     steps: Annotated[int, "in all, resumed ones included", 1] = 600
-    stop_after: Annotated[int, "end at this step, on the plan of --steps", 0] = 0
+    stop_after: Annotated[int, "end at this step; the rates still follow --steps", 0] = 0
     lr: Annotated[float, "learning rate of AdamW", 0] = 3e-3
     muon: Annotated[float, "rate of Muon, for the blocks' matrices; 0: AdamW", 0] = 0.0
     warmup: Annotated[int, "steps to the full rates", 0] = 50
@@ -288,7 +288,7 @@ def drift_numbers(stats, taus, prefix=""):
 
 
 def save(out, net, ema, optimizers, args, names, step):
-    """A checkpoint for sample.py and --resume; a run that is killed leaves a whole one."""
+    """A checkpoint for sample.py and --resume, renamed when complete."""
     state = dict(model=net.state_dict(), ema=ema.state_dict(), step=step, args=asdict(args))
     state |= dict(config=asdict(net.config), classes=names)
     adamw, *muon = [optimizer.state_dict() for optimizer in optimizers]
@@ -353,7 +353,7 @@ def main(argv=None):
         except Exception as error:  # of a missing compiler or Triton
             sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
         forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
-        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)  # as drift calls it
+        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)  # by name
 
     def generate_and_encode(noise, style, label, alpha):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
