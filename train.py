@@ -174,14 +174,13 @@ def prepare(argv, rank, world):
         args.n_pos = int(count.min())
     if args.labels % world and "labels" in typed:
         raise ValueError(f"--labels {args.labels} is no multiple of {world} ranks")
-    if args.labels % world:
-        args.labels += -args.labels % world
-        print(f"--labels: now {args.labels}, a multiple of the ranks")
+    args.labels += -args.labels % world
     net = build_generator(args, typed, source, images.shape[-3:], len(names))
-    try:
-        net.load_state_dict(source["model" if stored else "ema"] if source else net.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit: {error}") from None
+    if source:
+        try:
+            net.load_state_dict(source["model" if stored else "ema"])
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit: {error}") from None
     if len(names) != net.config.num_classes:
         net.resize_classes(len(names))
     sampler = data.Sampler(images, labels, device, args.flip)
