@@ -181,6 +181,8 @@ def prepare(argv, rank, world):
             net.load_state_dict(source["model" if stored else "ema"])
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit: {error}") from None
+    if len(names) != net.config.num_classes and stored:
+        raise ValueError(f"{args.resume} has {net.config.num_classes} classes, not {len(names)}")
     if len(names) != net.config.num_classes:
         net.resize_classes(len(names))
     sampler = data.Sampler(images, labels, device, args.flip)

@@ -81,6 +81,7 @@ def test_typed_settings_are_used_at_resume():
         pairs = zip(plain[part].values(), typed[part].values(), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs), name
     assert "size mismatch" in refused("--resume", "out.pt", "--patch", 2)
+    assert "out.pt has 10 classes, not 1" in refused("--resume", "out.pt", "--unconditional")
 
 
 def test_resume_of_an_older_versions_file_and_of_moved_data():

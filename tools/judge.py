@@ -69,7 +69,7 @@ def main(argv=None):
     if not path.exists():
         train(net, *data.load(args.dataset)[:2])
         torch.save(net.state_dict(), path)
-    net.load_state_dict(torch.load(path))
+    net.load_state_dict(torch.load(path, weights_only=True))
     net.eval()
     real, label, _ = data.load(args.dataset, split="test")
     print("2,000 real images ", scores(net, real[:2000], label[:2000], real[2000:]), flush=True)
