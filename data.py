@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = (
-    2**30
-)  # some tools store long texts
+# Some tools store texts in an image that are longer than pillow allows.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -37,7 +36,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = """f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432
 9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c 8d4fb7e6c68d591d4c3dfef9ec88bf0d
 25c81989df183df01b3e8a0aad5dffbe bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310
-c58f30108f718f92721af3b95e74349a"""  # of what is downloaded
+c58f30108f718f92721af3b95e74349a"""  # of the files that are downloaded
 GARMENTS = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
 
 
@@ -113,7 +112,7 @@ def load_idx(folder, url, split):
     return arrays[0][:, None].copy(), arrays[1]
 
 
-class ArraysOnly(pickle.Unpickler):  # all that CIFAR-10 holds, and nothing that could run code
+class ArraysOnly(pickle.Unpickler):  # CIFAR-10 holds no more, and arrays cannot run code
     def find_class(self, module, name):
         allowed = "numpy.ndarray numpy.dtype numpy._core.multiarray._reconstruct _codecs.encode"
         if f"{module}.{name}".replace("numpy.core", "numpy._core") not in allowed.split():
@@ -125,11 +124,10 @@ def load_cifar10(data_dir, split):
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     if not folder.exists() and not archive.exists():
         download(CIFAR10, archive)
-    if not folder.exists():
-        with one_line(f"cannot read {archive}"):
-            shutil.unpack_archive(archive, data_dir, filter="data")  # nothing outside of data_dir
     files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    with one_line(f"cannot read {folder}"):
+    with one_line(f"cannot read {folder} or {archive}"):
+        if not folder.exists():
+            shutil.unpack_archive(archive, data_dir, filter="data")  # nothing outside of data_dir
         raw = [(folder / file).read_bytes() for file in [*files, "batches.meta"]]
         *batches, meta = [ArraysOnly(BytesIO(part), encoding="bytes").load() for part in raw]
         images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
@@ -175,8 +173,7 @@ def load_folder(root, data_dir, size):
             listed.write_text("\n".join(bad))
             raise ValueError(f"{len(bad)} files do not open as images, see {listed}: {bad[:3]}")
         part.replace(cache)
-    with one_line(f"cannot read {cache}"):
-        return np.load(cache, mmap_mode="c"), labels, names
+    return np.load(cache, mmap_mode="c"), labels, names
 
 
 def folder_files(root):
@@ -202,7 +199,7 @@ def read_image(path, least=2**16):
     image = Image.open(path)
     image.draft("RGB", (least, least))
     image.load()
-    with suppress(Exception):  # its tags may be of any kind: the pixels decide
+    with suppress(Exception):  # an image with odd tags is still an image
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") and image.format == "PNG":  # 16 bits
         grey = np.array(image)
@@ -220,10 +217,8 @@ class Sampler:
     def __init__(self, images, labels, device, flip=False):
         self.device = torch.device(device)
         self.flip = flip and images.ndim == 4  # latents hold their mirror images as views
-        free = torch.cuda.mem_get_info(device)[0] if self.device.type == "cuda" else 0
-        images = (
-            images.to(device) if images.nbytes < free / 4 else images
-        )  # large sets stay on the CPU
+        if self.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            images = images.to(device)  # larger sets stay on the CPU
         self.images = images if images.ndim == 5 else images[:, None]  # of a single view
         self.labels = labels.to(device)
         self.count = labels.bincount().to(device)  # [classes]
@@ -236,9 +231,8 @@ class Sampler:
         L, rand = len(labels), dict(generator=generator, device=self.device)
         lot = torch.rand(L, self.count.max(), **rand)
         missing = torch.arange(lot.shape[1], device=self.device) >= self.count[labels, None]
-        place = (
-            lot.masked_fill(missing, -1).topk(n_pos).indices
-        )  # never a missing one, as n_pos is at most count
+        # n_pos is at most the count of a class, so no missing image is drawn.
+        place = lot.masked_fill(missing, -1).topk(n_pos).indices
         pos = self.order[self.start[labels, None] + place]  # [L, P]
         index = torch.cat([pos, torch.randint(len(self.images), (L, n_unc), **rand)], dim=1)
         images = self.fetch(index[mine], torch.rand(index.shape, **rand)[mine])

@@ -1,14 +1,13 @@
 """
 The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.04770).
 
-    x are generated samples, y_pos are real ones, y_neg are generated ones (often x itself).
-    V(x) = attraction of x to y_pos  -  attraction of x to y_neg        Algorithm 2: drift_field()
-    loss = | x - stopgrad(x + V(x)) |^2                                 Algorithm 1: drift_loss()
+    V(x) = attraction of x to real samples  -  attraction of x to generated ones
+    loss = | x - stopgrad(x + V(x)) |^2
 
 If the generated and the real distribution are the same, the two forces cancel and V = 0.
-drift_field() is the plain field; drift_loss() repeats it for many features and taus, in the units
-of the paper's appendix A.6. This file needs torch alone: copy it into your own project. Shapes: F
-features of one shape, G groups (labels x locations), N samples, T their targets, C channels.
+drift_field() is the plain field of Algorithm 2; drift_loss() is Algorithm 1 in the units of the
+paper's appendix A.6. This file needs torch alone: copy it into your own project. Shapes: F features
+of one shape, G groups (labels x locations), N samples x, T targets y, C channels.
 """
 
 import torch
@@ -32,9 +31,8 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
     """A of Algorithm 2 [..., N, T]: geometric mean of the softmax over y and the softmax over x.
 
     D [..., N, T] are distances, tau is the width of the kernel exp(-D / tau). With mask_self the
-    first N columns are the rows themselves, and no sample sees itself. The official code takes
-    sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6: it also pulls every x to the mean of
-    y_pos. iters > 1 repeats the averaging: all sums over y become equal, and all sums over x.
+    first N columns are the rows themselves, and no sample sees itself. iters > 1 repeats the
+    averaging. The official code takes sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6.
     """
     logit = D / -tau
     if mask_self:
@@ -46,18 +44,17 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
     return A.clamp_(min=floor**0.5) if floor else A
 
 
-def field_weights(D, w, n_pos, tau, mask_self=False, iters=1, floor=0.0):
-    """W of Algorithm 2 [..., N, T], so that V = W @ y; the last n_pos of the targets y are real.
+def field(D, w, y, n_pos, tau, mask_self, iters, floor):
+    """V [..., N, C] from distances D [..., N, T] to targets y [..., T, C], the last n_pos real.
 
-    w [..., T] multiplies the affinities after the softmaxes: it scales the force of a target and
-    leaves the softmaxes alone. The rows of W sum to zero. W is made in place, as A is large.
+    w [..., T] scales the forces of the targets and leaves the softmaxes alone.
     """
-    A = affinity(D, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))
+    A = affinity(D, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))  # in place, as it is large
     A_neg, A_pos = A.split([A.shape[-1] - n_pos, n_pos], dim=-1)
     sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)
     A_pos.mul_(sum_neg)  # W_pos = A_pos * sum(A_neg)
     A_neg.mul_(-sum_pos)  # -W_neg = -A_neg * sum(A_pos)
-    return A
+    return matmul(A, y)  # W_pos @ y_pos - W_neg @ y_neg
 
 
 @torch.no_grad()
@@ -73,8 +70,7 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
         w[..., : w_neg.shape[-1]] = w_neg
     centre = as_float(x).mean(-2, keepdim=True)  # V does not change, and keeps more digits
     y = y - centre
-    W = field_weights(distance(x - centre, y), w, y_pos.shape[-2], tau, mask_self, iters, floor)
-    return matmul(W, y)  # W_pos @ y_pos - W_neg @ y_neg
+    return field(distance(x - centre, y), w, y, y_pos.shape[-2], tau, mask_self, iters, floor)
 
 
 def mean_over_ranks(t):
@@ -97,10 +93,8 @@ def drift_loss(
 
     With another axis F in front of x and every y, these are F features, whose losses are added.
     -> loss, and stats: `scale` [F], the mean distance, and `drift` [F, len(taus)], the mean square
-    of each raw field in features of mean distance sqrt(C). The ranks of a job call it together.
-
-    **Watch stats["drift"], not the loss**: every field is divided by its own root mean square, so
-    that the loss is about the same number from the first step to the last.
+    of each raw field in features of mean distance sqrt(C). Watch that, not the loss, which is
+    about the same number at every step. The ranks of a job call it together.
     """
     x = as_float(x)
     n_gen, n_pos, C = x.shape[-2], y_pos.shape[-2], x.shape[-1]
@@ -112,28 +106,23 @@ def drift_loss(
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
         # The unit of a feature is its mean distance, over groups, samples and targets.
-        total = (D.mean(-2) * w).mean((-2, -1))
-        total, mass = mean_over_ranks(torch.stack([total, w.mean().expand_as(total)]))
-        scale = total / mass  # the two limits below are those of the official code
-        unit = scale.clamp(min=1e-3)[..., None, None, None]
+        total, mass = (D.mean(-2) * w).mean((-2, -1)), w.mean()
+        scale = mean_over_ranks(total) / mean_over_ranks(mass)
+        unit = scale.clamp(min=1e-3)[..., None, None, None]  # this limit and the next: official
         s = (scale / C**0.5).clamp(min=1e-3)[..., None, None, None]  # x / s: mean distance sqrt(C)
 
-        # Algorithm 2 for every tau; some groups at a time, as their W stays in a CPU's cache.
+        # Algorithm 2 for every tau; some groups at a time, as their A stays in a CPU's cache.
         n = max(1, (2**28 if x.is_cuda else 2**20) // D.select(-3, 0).numel())
         parts = list(zip(D.split(n, -3), w.split(n, -2), y.split(n, -3), strict=True))
         fields = []
         for tau in taus:
-            V = []
-            for D_n, w_n, y_n in parts:
-                W = field_weights(D_n, w_n, n_pos, tau * unit, True, iters, floor)
-                V.append(matmul(W, y_n))
+            V = [field(*part, n_pos, tau * unit, True, iters, floor) for part in parts]
             fields.append(torch.cat(V, dim=-3) / s)
 
         # Every field is divided by its own root mean square, and they are added.
         drift = mean_over_ranks(torch.stack([V.square().mean((-3, -2, -1)) for V in fields]))
         rms = drift.clamp(min=1e-8).sqrt()[..., None, None, None]
-        V = sum(V_tau / r for V_tau, r in zip(fields, rms, strict=True))
-        target = x / s + V
+        target = x / s + sum(V / r for V, r in zip(fields, rms, strict=True))
     loss = (x / s - target).square().mean((-3, -2, -1)).sum()
     return loss, {"scale": scale, "drift": drift.movedim(0, -1)}
 
@@ -170,32 +159,20 @@ def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
 
 @torch.library.custom_op("drifting::matmul", mutates_args=())
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in full precision: small differences of large squares are divided by a small tau, and
-    rounding by bf16 or TF32 would be all that is left of them.
-
-    What the user has set by autocast or by either API of torch is left as it was. This is an
-    operator of its own because torch.compile cannot trace these switches.
+    """a @ b in full precision, whatever autocast and TF32 are set to: small differences of large
+    squares are divided by a small tau. torch.compile cannot trace such switches, but an operator.
     """
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later
-        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-        before = [switch.fp32_precision for switch in switches]
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-    else:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(a.device.type, enabled=False):
-            return a @ b
-    finally:
-        if isinstance(before, str):
-            torch.set_float32_matmul_precision(before)
-        else:
-            for switch, precision in zip(switches, before, strict=True):
-                switch.fp32_precision = precision
+    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    with torch.autocast(a.device.type, enabled=False):
+        product = a @ b
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
+    return product
 
 
 @matmul.register_fake
 def _(a, b):  # the shape of the product, for torch.compile
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty(*batch, a.shape[-2], b.shape[-1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])

@@ -34,14 +34,6 @@ ALIASES = {  # name: timm's name; the input size is 224 if no other is given
 }
 
 
-def pixels(images, kind, k):
-    """The feature kind:k of images, [B, l, C]; k is 1 for pixels."""
-    if kind == "window":
-        windows = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
-        return rearrange(windows, "b c h w p q -> b (h w) (c p q)")
-    return F.avg_pool2d(images, k).flatten(1).unsqueeze(1)
-
-
 def multiscale(maps):
     """Feature maps {f: [B, C, H, W]} -> {name: [B, l, C]} (A.5).
 
@@ -97,8 +89,7 @@ class Timm(nn.Module):
                 raise ValueError(f"{self.size} pixels are no multiple of {stride}")
         except Exception as error:  # of imports, the hub, files and names: no type in common
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            how = f"pip install timm, or name a file of weights, timm:{name}=FILE"
-            raise ValueError(f"cannot load {name} ({reason}): {how}") from None
+            raise ValueError(f"cannot load {name} ({reason}): needs timm and weights") from None
         self.is_efficientnet = isinstance(net, timm.models.EfficientNet)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
@@ -113,7 +104,7 @@ class Timm(nn.Module):
         x = ((self.resized(images) + 1) / 2 - self.mean) / self.std
         x = x.to(next(self.net.parameters()).dtype)  # bf16 on a GPU
         if self.is_efficientnet:
-            # Its first stage has very many locations, its last one is wide and near to the classes.
+            # The first stage has very many locations, the last one is wide and near the classes.
             x = self.net.blocks[0](self.net.bn1(self.net.conv_stem(x)))
             maps = {}
             for i, stage in enumerate(self.net.blocks[1:-1], 1):
@@ -130,7 +121,7 @@ class Timm(nn.Module):
 
 
 class ConvNeXtV2(Timm):
-    """As the authors' pixel models use it, by the names of their code, which misspell it."""
+    """The network of the authors' pixel models: images -> {name: [B, l, C]}, by their names."""
 
     def features(self, images):
         x = self.net.stem(self.resized(images))  # without ImageNet's mean and deviation
@@ -157,19 +148,18 @@ def build(name, channels, size):
         if theirs != ours:
             raise ValueError(f"{name} is for images of (channels, pixels) {theirs}, not {ours}")
         return net
-    at_size = re.search(r"@(\d+)(=|$)", name)  # NAME@SIZE=FILE or NAME=FILE@SIZE
-    model, _, file = re.sub(r"@\d+(=|$)", r"\1", name).partition("=")
+    model, at_size, file = re.fullmatch(r"(.*?)(?:@(\d+))?(?:=(.*))?", name).groups()
     if not model.startswith("timm:") and model not in ALIASES:
         raise ValueError(f"no encoder {name}: the top of features.py lists them")
     if channels not in (1, 3):
         raise ValueError(f"{name} is for images of 1 or 3 channels, not {channels}")
-    input_size = int(at_size[1]) if at_size else 224 if model in ALIASES else None
+    input_size = int(at_size) if at_size else 224 if model in ALIASES else None
     kind = ConvNeXtV2 if model == "convnextv2" else Timm
     return kind(ALIASES.get(model, model.removeprefix("timm:")), input_size, file)
 
 
 class Encoder(nn.Module):
-    """Frozen encoders as one function of images. Raises ValueError for what does not fit."""
+    """Frozen encoders: images [B, C, H, W] -> {name: [B, l, C]}. Raises ValueError."""
 
     def __init__(self, names, channels, size, device="cpu"):
         super().__init__()
@@ -188,13 +178,19 @@ class Encoder(nn.Module):
                 self.nets.append(build(name, channels, size))
         self.requires_grad_(False).eval().to(device)
         for net in self.nets:
-            # Not ConvNeXtV2: its deviations want float32, as officially.
+            # ConvNeXtV2 stays in float32, as officially, for the sake of its deviations.
             if torch.device(device).type == "cuda" and not isinstance(net, ConvNeXtV2):
                 net = net.net if isinstance(net, Timm) else net
                 net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 
     def forward(self, images):
-        feats = {name: pixels(images, kind, k) for name, (kind, k) in self.pixels.items()}
+        feats = {}
+        for name, (kind, k) in self.pixels.items():
+            if kind == "window":
+                windows = images.unfold(2, k, k // 2).unfold(3, k, k // 2)  # [B, C, h, w, k, k]
+                feats[name] = rearrange(windows, "b c h w p q -> b (h w) (c p q)")
+            else:
+                feats[name] = F.avg_pool2d(images, k).flatten(1).unsqueeze(1)
         for name, net in zip(self.names, self.nets, strict=True):
             for key, f in multiscale(net.features(images)).items():
                 feats[f"{name}.{key}"] = f

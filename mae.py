@@ -5,14 +5,11 @@ About half of an image is hidden, in squares of 2 x 2 locations of `patch` x `pa
 U-Net fills it in. A linear classifier may join in the last steps. Averaged weights are saved.
 
 $ python mae.py --dataset cifar10 --flip --out mae_cifar10.pt
-
-The paper's ablation encoder, on latents
-$ python mae.py --dataset latents:latents --width 256 --patch 1 --layers 3 4 6 3 --batch 8192 \
-      --lr 4e-3 --warmup 4000 --steps 30000 --out mae_latents.pt
 """
 
 import argparse
 import sys
+import zlib
 from copy import deepcopy
 from pathlib import Path
 
@@ -130,7 +127,7 @@ def reconstruction(filled, images, mask, patch):
 
 
 def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=1000, batch=128,
-          group=8, cls_steps=0, lr=2e-3, warmup=50, ema=0.9995, seed=0):  # fmt: skip
+          group=8, cls_steps=0, lr=2e-3, warmup=50, ema=0.9995):  # fmt: skip
     """Trains a ResNet-MAE on the images of a data.Sampler and writes it to path.
 
     In the last cls_steps, the classifier's cross-entropy comes to be a tenth of the loss. A picture
@@ -138,13 +135,13 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
     """
     path, device = Path(path), sampler.device
     C, size = sampler.images.shape[-3:-1]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = MAE(C, size, width, patch, layers, classes, group).to(device)
     if device.type == "cuda":
         net = net.to(memory_format=torch.channels_last)  # on a CPU it is slower
     average = deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), weight_decay=0.01, fused=True)
-    g = torch.Generator(device).manual_seed(seed)
+    g = torch.Generator(device).manual_seed(0)
     for step in range(1, steps + 1):
         index = torch.randint(len(sampler.images), (batch,), generator=g, device=device)
         images = sampler.fetch(index, torch.rand(batch, generator=g, device=device))
@@ -173,6 +170,19 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
         rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
         rows = torch.cat([row[:10].detach() for row in rows])
         data.save_grid(data.to_uint8(rows), path.with_suffix(".png"), min(10, batch))
+
+
+def of_data(sampler, classes, data_dir):
+    """The file of the encoder of a data.Sampler's images; trains the encoder if it is missing."""
+    digest = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
+    path = Path(data_dir) / f"mae-{digest:08x}-{sampler.device.type}.pt"
+    if not path.exists():
+        print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
+        size = sampler.images.shape[-1]
+        patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
+        steps = 20000 if sampler.device.type == "cuda" else 1000
+        train(sampler, classes, path, patch=patch, steps=steps)
+    return str(path)
 
 
 def main(argv=None):

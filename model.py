@@ -42,6 +42,8 @@ class DiTConfig:
     @classmethod
     def named(cls, name, **kwargs):
         """The configuration of a size in SIZES; kwargs: input_size, in_channels and the like."""
+        if name not in SIZES:
+            raise ValueError(f"no generator {name}: there are {', '.join(SIZES)}")
         width, depth, heads, tokens = SIZES[name]
         return cls(hidden_size=width, depth=depth, num_heads=heads, n_cls_tokens=tokens, **kwargs)
 
@@ -211,7 +213,7 @@ class DiT(nn.Module):
         draws = [self.draw(1, generator) for _ in label]  # image i is the same in any batch
         noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
         alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
-        return self(noise, style, label, alpha.expand(len(label))).float()
+        return self(noise, style, label, alpha.expand(len(label)))
 
     def resize_classes(self, n):
         """A class table of n rows, each the mean of the old ones: new classes are not the old."""

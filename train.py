@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-import zlib
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -122,10 +121,10 @@ def parse(argv=None):
         parser.add_argument(f"--{name}", help=meaning, default=argparse.SUPPRESS, **how)
     typed = vars(parser.parse_args(argv))
 
-    path, stored = typed.get("resume", ""), None
     preset = PRESETS.get(typed.get("dataset", Settings.dataset).partition(":")[0], {})
     if "dataset" in preset:
         typed["dataset"] = preset["dataset"]
+    path, stored = typed.get("resume", ""), None
     if path == "auto":
         path = typed.get("out", Settings.out)
     if path and (Path(path).exists() or typed["resume"] != "auto"):
@@ -134,15 +133,15 @@ def parse(argv=None):
         preset |= dict(out=path, stop_after=0)
     args = Settings(**preset | typed)
     for name, hint in hints.items():
-        value, least = getattr(args, name), get_args(hint)[2:]
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if least and not least[0] <= number < float("inf"):
-                raise ValueError(f"--{name} {number} must be at least {least[0]}")
+        value = getattr(args, name)
+        for least in get_args(hint)[2:]:
+            if not least <= (min(value) if name == "taus" else value) < float("inf"):
+                raise ValueError(f"--{name} {value} must be at least {least}")
     return args, typed, stored
 
 
 def prepare(argv, rank, world):
-    """What a run needs before its first step. Raises ValueError or OSError for what is wrong."""
+    """What a run needs before its first step. Raises ValueError and others for what is wrong."""
     args, typed, stored = parse(argv)
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -168,59 +167,37 @@ def prepare(argv, rank, world):
     count = labels.bincount(minlength=len(names))
     if count.min() < args.n_pos:
         few = f"class {names[count.argmin()]} has {count.min()} images, --n_pos is {args.n_pos}"
-        if "n_pos" in typed or not count.min():
+        if "n_pos" in typed:
             raise ValueError(few)
         print(f"{few}: now {count.min()}")
         args.n_pos = int(count.min())
     if args.labels % world and "labels" in typed:
         raise ValueError(f"--labels {args.labels} is no multiple of {world} ranks")
     args.labels += -args.labels % world
-    net = build_generator(args, typed, source, images.shape[-3:], len(names))
-    if source:
-        try:
-            net.load_state_dict(source["model" if stored else "ema"])
-        except RuntimeError as error:
-            raise ValueError(f"the weights do not fit: {error}") from None
-    if len(names) != net.config.num_classes and stored:
-        raise ValueError(f"{args.resume} has {net.config.num_classes} classes, not {len(names)}")
-    if len(names) != net.config.num_classes:
-        net.resize_classes(len(names))
-    sampler = data.Sampler(images, labels, device, args.flip)
-    encode = build_encoder(args, sampler, len(names))
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return args, stored, images, labels, names, net.to(device), sampler, encode
 
-
-def build_generator(args, typed, source, shape, classes):
-    """A new generator of images [C, H, W], of the settings or of the shape of a checkpoint."""
     torch.manual_seed(args.seed)
-    if args.model not in SIZES:
-        raise ValueError(f"--model {args.model}: there are {', '.join(SIZES)}")
-    kind = dict(input_size=shape[-1], in_channels=shape[0], num_classes=classes)
-    config = DiTConfig.named(args.model, patch_size=args.patch, **kind)
+    shape = dict(in_channels=images.shape[-3], input_size=images.shape[-1], num_classes=len(names))
+    config = DiTConfig.named(args.model, patch_size=args.patch, **shape)
     if source and not typed.keys() & {"model", "patch"}:
         config = DiTConfig(**source["config"])
-    if (config.in_channels, config.input_size) != (shape[0], shape[-1]):
-        gives = f"{config.in_channels} x {config.input_size}^2"
-        raise ValueError(f"the generator gives {gives}, the data are {shape[0]} x {shape[-1]}^2")
-    return DiT(config)
+    net = DiT(config)
+    if source:
+        net.load_state_dict(source["model" if stored else "ema"])
+    if args.init and not stored:
+        net.resize_classes(len(names))
+    for name, ours in shape.items():
+        if getattr(net.config, name) != ours:
+            theirs = getattr(net.config, name)
+            raise ValueError(f"the checkpoint has {name} {theirs}, the data have {ours}")
 
-
-def build_encoder(args, sampler, classes):
-    """--encoder as a function; trains the ResNet-MAE of the data first if it is missing."""
-    channels, size = sampler.images.shape[-3:-1]
-    names = list(args.encoder)
-    if "mae" in names:
-        digest = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())  # of the data
-        path = Path(args.data_dir) / f"mae-{digest:08x}-{sampler.device.type}.pt"
-        if not path.exists():
-            print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
-            steps = 20000 if sampler.device.type == "cuda" else 1000
-            patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
-            mae.train(sampler, classes, path, patch=patch, steps=steps)
-        names[names.index("mae")] = str(path)
-    return features.Encoder(names, channels, size, sampler.device)
+    sampler = data.Sampler(images, labels, device, args.flip)
+    encoders = list(args.encoder)
+    if "mae" in encoders:
+        encoders[encoders.index("mae")] = mae.of_data(sampler, len(names), args.data_dir)
+    encode = features.Encoder(encoders, images.shape[-3], images.shape[-1], device)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return args, stored, names, net.to(device), sampler, encode
 
 
 def build_optimizers(args, net, stored):
@@ -282,12 +259,6 @@ def average_gradients(params, stop):
     return bool(flat[-1] > 0)
 
 
-def drift_numbers(stats, taus, prefix=""):
-    """Means over features of {name: [taus + 1]}: the drift of every tau, and the scale."""
-    names = [*(f"{prefix}drift_{tau:g}" for tau in taus), f"{prefix}scale"]
-    return dict(zip(names, torch.stack(list(stats.values())).mean(0).tolist(), strict=True))
-
-
 def save(out, net, ema, optimizers, args, names, step):
     """A checkpoint for sample.py and --resume, renamed when complete."""
     state = dict(model=net.state_dict(), ema=ema.state_dict(), step=step, args=asdict(args))
@@ -297,13 +268,12 @@ def save(out, net, ema, optimizers, args, names, step):
     os.replace(f"{out}.tmp", out)
 
 
-@torch.no_grad()
 def evaluate(ema, picture, real, real_labels):
     """Scores of samples at alpha 1 against real images, and a picture of a hundred of them."""
     classes = ema.config.num_classes
     label = torch.arange(N_EVAL, device=real.device) % classes
-    generator = torch.Generator().manual_seed(0)
-    x = torch.cat([ema.generate(part, 1.0, generator) for part in label.split(250)])
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([ema.generate(part, 1.0, g) for part in label.split(250)])
     x = x.clamp(real.min(), real.max())
     if x.shape[1] in (1, 3):
         data.save_grid(data.to_uint8(x[:100]), picture, min(10, classes) if classes > 1 else 10)
@@ -313,12 +283,12 @@ def evaluate(ema, picture, real, real_labels):
 def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        args, stored, images, labels, names, net, sampler, encode = prepare(argv, rank, world)
+        args, stored, names, net, sampler, encode = prepare(argv, rank, world)
         if args.wandb and rank == 0:
             import wandb
 
             wandb.init(project=args.wandb, config=asdict(args))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"train.py: error: {' '.join(str(error).split())}")
     torch.set_flush_denormal(True)  # exp() of far pairs gives denormals, slow on some CPUs
     device, out, start = sampler.device, Path(args.out), stored["step"] if stored else 0
@@ -328,33 +298,37 @@ def main(argv=None):
     params, averages = list(net.parameters()), list(ema.parameters())
 
     def log(**numbers):
-        if rank == 0:
-            parts = [
-                f"{k} {v}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in numbers.items()
-            ]
-            print("  ".join(parts), flush=True)
-            with out.with_suffix(".jsonl").open("a") as file:
-                file.write(json.dumps(numbers) + "\n")
-            if args.wandb:
-                wandb.log(numbers)
+        short = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in numbers.items()}
+        print(*(f"{k} {v} " for k, v in short.items()), flush=True)
+        with out.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps(numbers) + "\n")
+        if args.wandb:
+            wandb.log(numbers)
 
     if rank == 0:
         if out.exists() and not stored:
             print(f"{out} is of an earlier run: it is replaced, and its log and picture")
+            out.with_suffix(".jsonl").unlink(missing_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.with_suffix(".jsonl").open("a" if stored else "w") as file:
-            file.write(json.dumps(asdict(args)) + "\n")
-        print(f"{args}\n{len(images):,} images; classes {', '.join(names)}; {world} x {device}")
+        log(**asdict(args))
+        print(f"{len(sampler.labels):,} images; classes {', '.join(names)}; {world} x {device}")
+        most = min(10000, 2**28 // sampler.images[0, 0].numel())  # at most a gigabyte
+        some = torch.randperm(len(sampler.labels), generator=torch.Generator().manual_seed(0))
+        some = some[:most].to(device)
+        real, real_labels = sampler.fetch(some, some * 0 + 0.5), sampler.labels[some]
+        half = min(N_EVAL, len(real) // 2)
+        if half > 20:  # what real images reach in the place of samples
+            found = fid.scores(real[:half], real_labels[:half], real[half:], real_labels[half:])
+            log(**{f"real_{name}": value for name, value in found.items()})
 
     forward = net
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    if compiled:
+    if device.type == "cuda" if args.compile is None else args.compile:
         try:
             torch.compile(torch.exp)(torch.ones(1, device=device))
         except Exception as error:  # of a missing compiler or Triton
             sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
         forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
-        drift.field_weights = torch.compile(drift.field_weights, dynamic=True)  # by name
+        drift.field = torch.compile(drift.field, dynamic=True)  # by name
 
     def generate_and_encode(noise, style, label, alpha):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -365,29 +339,14 @@ def main(argv=None):
         with torch.no_grad():
             return in_parts(encode, args.micro_batch, images.flatten(0, 1))
 
-    per_rank, rule = args.labels // world, (args.taus, args.iters, args.floor)
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)  # this rank's labels
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10000]
-    some = some[: 2**28 // images[0].numel() if rank == 0 else 0]  # at most a gigabyte
-    real = images[some, 0] if images.ndim == 5 else images[some]
-    real, real_labels = data.to_float(real).to(device), labels[some].to(device)
-    half = min(N_EVAL, len(real) // 2)
-    if half > 20:  # what real images reach in the place of samples
-        found = fid.scores(real[:half], real_labels[:half], real[half:], real_labels[half:])
-        log(**{f"real_{name}": value for name, value in found.items()})
-    if sampler.count.min() >= args.n_gen + args.n_pos:
-        g = torch.Generator(device).manual_seed(args.seed)
-        label = draw_labels(args.labels, len(names), g)
-        x, unc = sampler.draw(label, args.n_gen + args.n_pos, args.n_unc, g, mine)
-        sets = [encode_real(t) for t in (x[:, : args.n_gen], x[:, args.n_gen :], unc)]
-        _, stats = drift.features_loss(*sets, torch.ones(per_rank, device=device), *rule)
-        log(**drift_numbers(stats, args.taus, "real_"))
-
     stop = []  # signals: the step ends, a checkpoint is written, the run ends
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has two of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, frame: stop.append(number))
+    per_rank = args.labels // world
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)  # this rank's labels
+    stat_names = [*(f"drift_{tau:g}" for tau in args.taus), "scale"]
     end = min(args.steps, args.stop_after or args.steps)
     if start >= end:
         print(f"{out} is at step {start} of {end} already: give more --steps")
@@ -402,7 +361,7 @@ def main(argv=None):
 
         fx = in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
         fp, fu = encode_real(pos), encode_real(unc)
-        loss, stats = drift.features_loss(fx, fp, fu, alpha, *rule)
+        loss, stats = drift.features_loss(fx, fp, fu, alpha, args.taus, args.iters, args.floor)
         loss.backward()
         stopping = average_gradients(params, bool(stop)) if world > 1 else bool(stop)
         norm = clip_grad_norm_(params, 2.0)
@@ -419,19 +378,16 @@ def main(argv=None):
         last = done == end or stopping
         seen = dict(step=done, images=done * args.labels * args.n_gen)
         seen["seconds"] = int(time.time() - began)
-        if done % args.log_every == 0 or done == start + 1 or last:
-            numbers = drift_numbers(stats, args.taus)
+        if rank == 0 and (done % args.log_every == 0 or done == start + 1 or last):
+            means = torch.stack(list(stats.values())).mean(0).tolist()  # over features
+            numbers = dict(zip(stat_names, means, strict=True))
             numbers |= dict(grad_norm=norm.item(), lr=args.lr * rate(step, args))
             speed = (done - since) * args.labels * args.n_gen / (time.time() - then)
             log(**seen, **numbers, images_per_s=int(speed))
             since, then = done, time.time()
         if rank == 0 and (done % args.eval_every == 0 or last):
             save(out, net, ema, optimizers, args, names, done)
-            try:
-                found = evaluate(ema, out.with_suffix(".png"), real, real_labels)
-                log(**seen, **found)
-            except Exception as error:  # no reason to end a run
-                print(f"no scores at step {done}: {error}", flush=True)
+            log(**seen, **evaluate(ema, out.with_suffix(".png"), real, real_labels))
             since, then = done, time.time()
         if stopping:
             break

@@ -22,51 +22,56 @@ import torch
 from mae import MAE
 from model import DiT, DiTConfig
 
-REPOSITORY = "Goodeat/drifting"
-WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
-
-# Modules of model.py, and what the authors call them; those of a block are below blocks_i.
-GENERATOR_NAMES = {
-    "label_embed": "Embed_0",
-    "alpha_norm": "RMSNorm_0",
-    "alpha_embed.0": "TimestepEmbedder_0/TorchLinear_0",
-    "alpha_embed.2": "TimestepEmbedder_0/TorchLinear_1",
-    "patch_embed": "LightningDiT_0/TorchLinear_0",
-    "cls_proj": "LightningDiT_0/TorchLinear_1",
-    "final_norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
-    "final_adaln": "LightningDiT_0/FinalLayer_0/TorchLinear_0",
-    "final_proj": "LightningDiT_0/FinalLayer_0/TorchLinear_1",
-    "norm1": "RMSNorm_0",
-    "norm2": "RMSNorm_1",
-    "adaln": "TorchLinear_0",
-    "attn.qkv": "Attention_0/TorchLinear_0",
-    "attn.q_norm": "Attention_0/q_norm",
-    "attn.k_norm": "Attention_0/k_norm",
-    "attn.proj": "Attention_0/TorchLinear_1",
-    "mlp.w13": "SwiGLUFFN_0/TorchLinear_0",  # and TorchLinear_1
-    "mlp.w2": "SwiGLUFFN_0/TorchLinear_2",
-}
-
-# Patterns of parameters of mae.py, and what the authors call them, replaced one after the other.
+# Patterns of our parameters, and what the authors call them, replaced one after the other.
+GENERATOR_NAMES = [
+    (r"^label_embed.weight", "Embed_0/embedding"),
+    (r"^alpha_norm", "RMSNorm_0"),
+    (r"^alpha_embed.0", "TimestepEmbedder_0/TorchLinear_0"),
+    (r"^alpha_embed.2", "TimestepEmbedder_0/TorchLinear_1"),
+    (r"^patch_embed", "LightningDiT_0/TorchLinear_0"),
+    (r"^cls_proj", "LightningDiT_0/TorchLinear_1"),
+    (r"^final_norm", "LightningDiT_0/FinalLayer_0/RMSNorm_0"),
+    (r"^final_adaln", "LightningDiT_0/FinalLayer_0/TorchLinear_0"),
+    (r"^final_proj", "LightningDiT_0/FinalLayer_0/TorchLinear_1"),
+    (r"^blocks.(\d+).", r"LightningDiT_0/blocks_\1/"),
+    (r"norm1", "RMSNorm_0"),
+    (r"norm2", "RMSNorm_1"),
+    (r"adaln", "TorchLinear_0"),
+    (r"attn.qkv", "Attention_0/TorchLinear_0"),
+    (r"attn.(q|k)_norm", r"Attention_0/\1_norm"),
+    (r"attn.proj", "Attention_0/TorchLinear_1"),
+    (r"mlp.w13", "SwiGLUFFN_0/TorchLinear_0"),  # and TorchLinear_1
+    (r"mlp.w2", "SwiGLUFFN_0/TorchLinear_2"),
+    (r"(TorchLinear_\d).weight", r"\1/Dense_0/kernel"),
+    (r"(TorchLinear_\d).bias", r"\1/Dense_0/bias"),
+]
 MAE_NAMES = [
-    (r"^stem\.0", "encoder.conv1"),
-    (r"^stem\.1", "encoder.gn1"),
-    (r"^stages\.(\d+)\.(\d+)", r"encoder.stages_\1.layers_\2"),
-    (r"\.conv(\d)\.0", r".conv\1"),
-    (r"\.conv(\d)\.1", r".gn\1"),
-    (r"\.skip\.0", ".proj_conv"),
-    (r"\.skip\.1", ".proj_gn"),
-    (r"^norms\.(\d)", lambda m: f"encoder.layer{int(m[1]) + 1}_norm"),
+    (r"^stem.0", "encoder.conv1"),
+    (r"^stem.1", "encoder.gn1"),
+    (r"^stages.(\d+).(\d+)", r"encoder.stages_\1.layers_\2"),
+    (r"conv(\d).0", r"conv\1"),
+    (r"conv(\d).1", r"gn\1"),
+    (r"skip.0", "proj_conv"),
+    (r"skip.1", "proj_gn"),
+    (r"^norms.(\d)", lambda m: f"encoder.layer{int(m[1]) + 1}_norm"),
     (r"^bridge", "decoder.bridge"),
-    (r"^ups\.(\d)", lambda m: f"decoder.up{4 - int(m[1])}{3 - int(m[1])}"),
-    (r"(up\d\d)\.0", r"\1.concat_norm_fn"),
-    (r"(up\d\d)\.1", r"\1.proj"),
-    (r"(up\d\d)\.2", r"\1.refine"),
-    (r"(bridge|proj|refine)\.0", r"\1.conv"),
-    (r"(bridge|proj|refine)\.1", r"\1.gn"),
+    (r"^ups.(\d)", lambda m: f"decoder.up{4 - int(m[1])}{3 - int(m[1])}"),
+    (r"(up\d\d).0", r"\1.concat_norm_fn"),
+    (r"(up\d\d).1", r"\1.proj"),
+    (r"(up\d\d).2", r"\1.refine"),
+    (r"(bridge|proj|refine).0", r"\1.conv"),
+    (r"(bridge|proj|refine).1", r"\1.gn"),
     (r"^head", "fc"),
     (r"^out", "decoder.head"),
+    (r"(gn\d?|norm|fn).weight", r"\1.scale"),
+    (r"weight", "kernel"),
 ]
+
+
+def rename(name, patterns):
+    for pattern, new in patterns:
+        name = re.sub(pattern, new, name)
+    return name.replace(".", "/")
 
 
 def generator_key(name, config):
@@ -78,81 +83,59 @@ def generator_key(name, config):
         return [f"noise_embeds_{i}/embedding" for i in range(config.noise_coords)], (0, 1)
     if name in ("pos_embed", "cls_embed"):
         return [f"LightningDiT_0/{name}"], (0, 1, 2)
-    module, leaf = name.rsplit(".", 1)
-    where = ""
-    if module.startswith("blocks."):
-        _, i, module = module.split(".", 2)
-        where = f"LightningDiT_0/blocks_{i}/"
-    where += GENERATOR_NAMES[module]
-    if "Embed_" in where:
-        return [f"{where}/embedding"], (0, 1)
-    if "TorchLinear" not in where:
-        return [f"{where}/{leaf}"], (0,)
-    leaf, order = ("kernel", (1, 0)) if leaf == "weight" else ("bias", (0,))  # kernel: [in, out]
-    keys = [f"{where}/Dense_0/{leaf}"]
-    if module == "mlp.w13":
-        keys.append(keys[0].replace("TorchLinear_0", "TorchLinear_1"))
-    return keys, order
+    key = rename(name, GENERATOR_NAMES)
+    keys = [key, key.replace("TorchLinear_0", "TorchLinear_1")] if "w13" in name else [key]
+    orders = {"kernel": (1, 0), "embedding": (0, 1)}  # kernel: in, out
+    return keys, orders.get(key.split("/")[-1], (0,))
 
 
 def mae_key(name):
     """Where the authors keep parameter `name` of an MAE, in the form of generator_key()."""
-    for pattern, new in MAE_NAMES:
-        name = re.sub(pattern, new, name)
-    *where, leaf = name.split(".")
-    place = "/".join(where)
-    if leaf == "bias":
-        return [f"{place}/bias"], (0,)
-    if "gn" in where[-1] or "norm" in where[-1]:
-        return [f"{place}/scale"], (0,)
-    if where == ["fc"]:
-        return [f"{place}/kernel"], (1, 0)
-    return [f"{place}/kernel"], (3, 2, 0, 1)  # theirs: height, width, in, out
+    key = rename(name, MAE_NAMES)
+    if not key.endswith("kernel"):
+        return [key], (0,)
+    return [key], (1, 0) if key == "fc/kernel" else (3, 2, 0, 1)  # theirs: height, width, in, out
 
 
 def load_generator(folder):
-    """Loads a generator of the authors as a DiT on the CPU. Raises ValueError for other weights."""
-    config, arrays = read(folder, "gen")
+    """Loads a generator of the authors as a DiT on the CPU."""
+    config, arrays = read(folder)
     net = DiT(DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)}))
     fill(net, {name: generator_key(name, net.config) for name in net.state_dict()}, arrays)
     return net
 
 
 def load_mae(folder):
-    """Loads an encoder of the authors as an MAE on the CPU. Raises ValueError for other weights."""
-    config, arrays = read(folder, "mae")
+    """Loads an encoder of the authors as an MAE on the CPU."""
+    config, arrays = read(folder)
     patch = config["input_patch_size"]
-    shape = dict(size=32 * patch, patch=patch, group=1)
-    shape |= dict(channels=config["in_channels"], width=config["base_channels"])
-    net = MAE(layers=config["layers"], num_classes=config["num_classes"], **shape)
+    shape = dict(channels=config["in_channels"], width=config["base_channels"])
+    shape |= dict(size=32 * patch, patch=patch, layers=config["layers"])
+    net = MAE(num_classes=config["num_classes"], **shape)
     fill(net, {name: mae_key(name) for name in net.state_dict()}, arrays)
     return net
 
 
 def fill(net, plan, arrays):
     """Copies arrays {official key: tensor} into net; plan: {our name: (keys, order)}."""
-    for name, parameter in net.state_dict().items():
-        keys, order = plan[name]
-        for key, part in zip(keys, parameter.chunk(len(keys)), strict=True):
-            if key not in arrays:
-                raise ValueError(f"the weights lack {key}")
-            array = arrays.pop(key)
-            if array.ndim != part.ndim or array.permute(order).shape != part.shape:
-                shapes = f"{list(array.shape)}, but ours, {name}, {list(parameter.shape)}"
-                raise ValueError(f"{key} has shape {shapes}")
-            part.copy_(array.permute(order))
-    if arrays:
-        raise ValueError(f"the weights have {min(arrays)}, which our network has not")
+    expected = {key for keys, _ in plan.values() for key in keys}
+    if arrays.keys() != expected:
+        key = min(arrays.keys() ^ expected)
+        raise ValueError(f"either the weights or our network lack {key}")
+    state = {}
+    for name, (keys, order) in plan.items():
+        state[name] = torch.cat([arrays[key].permute(order) for key in keys])
+    net.load_state_dict(state)
 
 
 def find(folder):
     """The folder of the two files, folder itself or its params_ema/, and the metadata."""
     inner = Path(folder) / "params_ema"
     folder = inner if inner.is_dir() else Path(folder)
-    return folder, json.loads((folder / METADATA).read_text())
+    return folder, json.loads((folder / "metadata.json").read_text())
 
 
-def read(folder, kind):
+def read(folder):
     """Reads the two files -> model_config, {official key: tensor}."""
     import msgpack
 
@@ -162,9 +145,7 @@ def read(folder, kind):
         return torch.frombuffer(bytearray(raw), dtype=types[dtype]).reshape(shape)
 
     folder, metadata = find(folder)
-    if metadata["kind"] != kind:
-        raise ValueError(f"{METADATA} describes a {metadata['kind']}, not a {kind}")
-    tree = msgpack.unpackb((folder / WEIGHTS).read_bytes(), ext_hook=to_tensor)
+    tree = msgpack.unpackb((folder / "ema_params.msgpack").read_bytes(), ext_hook=to_tensor)
     return metadata["model_config"], dict(flatten(tree))
 
 
@@ -183,32 +164,26 @@ def convert(source):
         from huggingface_hub import snapshot_download
 
         inside = f"models/{'mae' if source.startswith('hf://mae') else 'gen'}/jax/{source[5:]}"
-        source = Path(snapshot_download(REPOSITORY, allow_patterns=f"{inside}/*")) / inside
+        source = Path(snapshot_download("Goodeat/drifting", allow_patterns=f"{inside}/*")) / inside
     _, metadata = find(source)
     if metadata["kind"] == "mae":
         net = load_mae(source)
         return dict(config=net.config, model=net.state_dict())
     net = load_generator(source)
-    weights, classes = net.state_dict(), [str(i) for i in range(net.config.num_classes)]
-    state = dict(model=weights, ema=weights, config=asdict(net.config), classes=classes)
-    return state | dict(args={}, step=0)
+    classes = [str(i) for i in range(net.config.num_classes)]
+    state = dict(config=asdict(net.config), classes=classes, args={}, step=0)
+    return state | dict(model=net.state_dict(), ema=net.state_dict())
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("source", help="a folder, or hf://NAME of imagenet/README.md")
     p.add_argument("out", help="file to write")
     args = p.parse_args(argv)
     try:
-        state = convert(args.source)
-        with open(args.out, "wb") as file:
-            torch.save(state, file)
-    except ImportError as error:
-        sys.exit(f"{error}: pip install msgpack huggingface_hub")
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())  # those of huggingface_hub have several lines
-        sys.exit(f"{args.source}: {message}")
+        torch.save(convert(args.source), args.out)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:  # of torch: the last
+        sys.exit(f"{args.source}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

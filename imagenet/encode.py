@@ -1,5 +1,5 @@
 """
-Encodes a data set once by an autoencoder of diffusers, so that a generator trains on latents.
+Encodes a folder of images by an autoencoder of diffusers, so that a generator trains on latents.
 
 $ python -m imagenet.encode --dataset folder:train --vae stabilityai/sd-vae-ft-mse --out latents
 $ python train.py --dataset latents:latents
@@ -13,7 +13,6 @@ $ python train.py --dataset latents:latents
 import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,20 +34,18 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read(item, size):
-    """Reads a file or an array -> the image and its mirror image, uint8 [2, 3, size, size]."""
-    is_file = isinstance(item, Path)
-    image = data.read_image(item) if is_file else Image.fromarray(item.transpose(1, 2, 0))
-    image = np.array(centre_crop(image, size)).transpose(2, 0, 1)
+def read(file, size):
+    """Reads an image file -> the image and its mirror image, uint8 [2, 3, size, size]."""
+    image = np.array(centre_crop(data.read_image(file), size)).transpose(2, 0, 1)
     return np.stack([image, image[:, :, ::-1]])
 
 
-def encode_views(vae, views, first, seed):
+def encode_views(vae, views, first):
     """views uint8 [n, 2, 3, H, W] of images first, first + 1, ... -> latents [n, 2, C, h, w]."""
     spread = vae.encode(data.to_float(views.flatten(0, 1).to(vae.device))).latent_dist
     noise = []
     for i in range(first, first + len(views)):
-        rng = np.random.default_rng([seed, i])  # so it does not matter where a run goes on
+        rng = np.random.default_rng(i)  # so it does not matter where a run goes on
         noise.append(rng.standard_normal((2, *spread.mean.shape[1:]), np.float32))
     noise = torch.from_numpy(np.concatenate(noise)).to(vae.device)
     shift = vae.config.shift_factor or 0.0
@@ -57,12 +54,8 @@ def encode_views(vae, views, first, seed):
 
 
 def encode(vae, args):
-    if args.dataset.startswith("folder:"):  # one by one: ImageNet does not fit the memory
-        items, labels, names = data.folder_files(Path(args.dataset[7:]))
-    else:
-        images, labels, names = data.load(args.dataset)
-        items, labels = images.expand(-1, 3, -1, -1).numpy(), labels.numpy()
-    out, total = Path(args.out), len(items)
+    files, labels, names = data.folder_files(Path(args.dataset.removeprefix("folder:")))
+    out, total = Path(args.out), len(files)
     out.mkdir(parents=True, exist_ok=True)
     counter = out / "done"
     done = int(counter.read_text()) if counter.exists() else 0
@@ -75,9 +68,9 @@ def encode(vae, args):
     with ThreadPoolExecutor() as pool:
         for first in range(done, total, args.batch):
             last = min(first + args.batch, total)
-            views = pool.map(partial(read, size=args.size), items[first:last])
+            views = pool.map(lambda file: read(file, args.size), files[first:last])
             views = torch.from_numpy(np.stack(list(views)))
-            latents[first:last] = encode_views(vae, views, first, args.seed).cpu().numpy()
+            latents[first:last] = encode_views(vae, views, first).cpu().numpy()
             latents.flush()
             (out / "done.new").write_text(str(last))
             (out / "done.new").replace(counter)  # a kill leaves the old number or the new one
@@ -89,14 +82,12 @@ def encode(vae, args):
 
 @torch.no_grad()
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--dataset", required=True, help="folder:PATH, or another of data.py, of images")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--dataset", required=True, help="folder:PATH, of images")
     p.add_argument("--vae", required=True, help="autoencoder: name or folder for diffusers")
     p.add_argument("--out", required=True, help="folder to write, or to go on with")
     p.add_argument("--size", type=int, default=256, help="of the images, in pixels")
     p.add_argument("--batch", type=int, default=32, help="images at once")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     try:
@@ -104,10 +95,8 @@ def main(argv=None):
 
         vae = AutoencoderKL.from_pretrained(args.vae, low_cpu_mem_usage=False)
         encode(vae.to(args.device).eval(), args)
-    except ImportError:
-        sys.exit("diffusers is not installed: pip install diffusers")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
+    except (ImportError, ValueError, OSError) as error:
+        sys.exit(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

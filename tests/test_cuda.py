@@ -96,11 +96,8 @@ def test_bf16_keeps_the_direction_of_the_gradient(tmp_path):
     assert cosine > 0.95
 
 
-NEW_API = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # of torch 2.9 and later
-
-
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("new_api", [False, True] if NEW_API else [False])
+@pytest.mark.parametrize("new_api", [False, True])
 def test_the_drift_is_exact_whatever_precision_is_set(new_api, compiled):
     x, y = torch.randn(2, 16, 64) + 30, torch.randn(2, 16, 64) + 30
 

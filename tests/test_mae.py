@@ -1,5 +1,8 @@
 """The ResNet-MAE: its training, its loss, its mask, and its files."""
 
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,25 @@ def test_an_average_of_the_weights_is_saved(tmp_path):
         mae.train(digits(), 10, tmp_path / "a.pt", steps=4, ema=ema, **SMALL)
         weights[ema] = mae.load(tmp_path / "a.pt").stem[0].weight
     assert not torch.equal(*weights.values())
+
+
+@pytest.mark.parametrize("size, patch", [(8, 1), (16, 1), (40, 2), (48, 3), (64, 4)])
+def test_the_encoder_of_the_data_is_trained_once(tmp_path, monkeypatch, size, patch):
+    calls = []
+
+    def train(sampler, classes, path, **how):
+        calls.append((classes, how))
+        Path(path).touch()
+
+    monkeypatch.setattr(mae, "train", train)
+    images = torch.randint(0, 256, (1002, 1, size, size), dtype=torch.uint8)
+    sampler = data.Sampler(images, torch.zeros(1002).long(), "cpu")
+    path = mae.of_data(sampler, 3, tmp_path)
+    assert path == f"{tmp_path}/mae-{zlib.crc32(images[:1000].numpy().tobytes()):08x}-cpu.pt"
+    assert mae.of_data(sampler, 3, tmp_path) == path
+    assert calls == [(3, dict(patch=patch, steps=1000))]
+    images[0] = 255 - images[0]  # other data
+    assert mae.of_data(data.Sampler(images, sampler.labels, "cpu"), 3, tmp_path) != path
 
 
 def test_latents_of_two_views_have_no_picture(tmp_path):

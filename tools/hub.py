@@ -1,6 +1,7 @@
 """
 Shares generators: config.json and the EMA weights as safetensors, in a folder or on Hugging Face.
 
+$ pip install huggingface_hub safetensors
 $ python -m tools.hub save out.pt FOLDER
 $ python -m tools.hub push out.pt USER/NAME
 $ python -m tools.hub load USER/NAME new.pt  # or a folder; for sample.py, and train.py --init
@@ -38,15 +39,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.what == "load":
         folder = args.source if Path(args.source).is_dir() else snapshot_download(args.source)
-        net = HubDiT.from_pretrained(folder, strict=True)
+        net = HubDiT.from_pretrained(folder, strict=True)  # from a folder: never a pickle
         checkpoint = dict(config=asdict(net.config), classes=net.classes, args={}, step=0)
         torch.save(checkpoint | dict(model=net.state_dict(), ema=net.state_dict()), args.target)
-        return
-    ema, checkpoint = model.load(args.source)
-    net = HubDiT(classes=checkpoint["classes"], **asdict(ema.config))
-    net.load_state_dict(ema.state_dict())
-    send = net.save_pretrained if args.what == "save" else net.push_to_hub
-    send(args.target)
+    else:
+        ema, checkpoint = model.load(args.source)
+        net = HubDiT(classes=checkpoint["classes"], **asdict(ema.config))
+        net.load_state_dict(ema.state_dict())
+        send = net.save_pretrained if args.what == "save" else net.push_to_hub
+        send(args.target)
 
 
 if __name__ == "__main__":
