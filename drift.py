@@ -106,8 +106,9 @@ def drift_loss(
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
         # The unit of a feature is its mean distance, over groups, samples and targets.
-        total, mass = (D.mean(-2) * w).mean((-2, -1)), w.mean()
-        scale = mean_over_ranks(total) / mean_over_ranks(mass)
+        total = (D.mean(-2) * w).mean((-2, -1))
+        total, mass = mean_over_ranks(torch.stack([total, w.mean().expand_as(total)]))
+        scale = total / mass
         unit = scale.clamp(min=1e-3)[..., None, None, None]  # this limit and the next: official
         s = (scale / C**0.5).clamp(min=1e-3)[..., None, None, None]  # x / s: mean distance sqrt(C)
 

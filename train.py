@@ -3,9 +3,8 @@ Trains a one-step generator by drifting: writes out.pt, out.png (samples) and ou
 
 $ python train.py                                           # 8 x 8 digits, a minute or two
 $ python train.py --dataset mnist --out mnist.pt            # what is typed overrides the preset
-$ python train.py --dataset folder:flowers --size 64 --model S --patch 4 --out flowers.pt
+$ python train.py --dataset folder:flowers --out flowers.pt
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
-$ python train.py --dataset cifar10 --encoder pixels mae dinov2@112 --out dino.pt
 $ python train.py --dataset cifar10 --resume auto --out long.pt     # starts, or goes on
 """
 
@@ -60,7 +59,7 @@ class Settings:  # Annotated[type, meaning, least value]
     iters: Annotated[int, "averages of the two softmaxes; Algorithm 2: 1", 1] = 2
     floor: Annotated[float, "least product of the softmaxes; official: 1e-6", 0] = 0.0
     alpha_max: Annotated[float, "guidance is drawn from 1 to this", 1] = 4.0
-    alpha_k: Annotated[float, "with a density that falls as alpha^-k"] = 3.0
+    alpha_k: Annotated[float, "with a density that falls as alpha^-k, k not 1"] = 3.0
     alpha_one: Annotated[float, "share of labels without guidance", 0] = 0.5
 
     steps: Annotated[int, "in all, resumed ones included", 1] = 600
@@ -203,8 +202,8 @@ def prepare(argv, rank, world):
 def build_optimizers(args, net, stored):
     """AdamW; and Muon for the matrices of the blocks, if --muon says so."""
     named = net.blocks.named_parameters()
-    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name]
-    chosen = set(matrices) if args.muon else set()
+    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name and args.muon]
+    chosen = set(matrices)
     rest = [p for p in net.parameters() if p not in chosen]
     optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), fused=True)]
     if args.muon:
@@ -224,10 +223,8 @@ def draw_labels(n, classes, g):
 def draw_alpha(n, args, g):
     """Guidance strengths [n]: 1 for a share of them, else on [1, alpha_max] as alpha^-k."""
     u = torch.rand(2, n, generator=g, device=g.device)
-    alpha = args.alpha_max ** u[0]  # k = 1: uniform in its logarithm
-    if args.alpha_k != 1:
-        p = 1 - args.alpha_k
-        alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)  # inverse of the CDF
+    p = 1 - args.alpha_k
+    alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)  # inverse of the CDF
     return alpha.where(u[1] >= args.alpha_one, torch.ones_like(alpha))
 
 

@@ -43,14 +43,9 @@ def read(file, size):
 def encode_views(vae, views, first):
     """views uint8 [n, 2, 3, H, W] of images first, first + 1, ... -> latents [n, 2, C, h, w]."""
     spread = vae.encode(data.to_float(views.flatten(0, 1).to(vae.device))).latent_dist
-    noise = []
-    for i in range(first, first + len(views)):
-        rng = np.random.default_rng(i)  # so it does not matter where a run goes on
-        noise.append(rng.standard_normal((2, *spread.mean.shape[1:]), np.float32))
-    noise = torch.from_numpy(np.concatenate(noise)).to(vae.device)
-    shift = vae.config.shift_factor or 0.0
-    latents = (spread.mean + spread.std * noise - shift) * vae.config.scaling_factor
-    return latents.unflatten(0, (len(views), 2))
+    draws = torch.Generator(vae.device).manual_seed(first)  # as if a run had not been killed
+    latents = spread.sample(draws) - (vae.config.shift_factor or 0)
+    return (latents * vae.config.scaling_factor).unflatten(0, (len(views), 2))
 
 
 def encode(vae, args):

@@ -88,11 +88,8 @@ def main(argv=None):
     benches = {"drift": bench_drift, "step": bench_step, "sampling": bench_sampling}
     p.add_argument("what", nargs="*", choices=[*benches, "all"], default="all")
     p.add_argument("--model", default="tiny", choices=SIZES)
-    p.add_argument("--size", type=int, default=16)
-    p.add_argument("--patch", type=int, default=2)
-    p.add_argument("--labels", type=int, default=5)
-    p.add_argument("--n_gen", type=int, default=32, help="generated images of a label")
-    p.add_argument("--n_pos", type=int, default=32, help="real images of a label")
+    for name, default in dict(size=16, patch=2, labels=5, n_gen=32, n_pos=32).items():
+        p.add_argument(f"--{name}", type=int, default=default, help="as of train.py")
     p.add_argument("--encoder", nargs="+", default=["pixels", "pool:2", "pool:4"])
     p.add_argument("--compile", action="store_true", help="the generator and the drift")
     args = p.parse_args(argv)
