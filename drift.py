@@ -6,8 +6,8 @@ The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.0
 
 If the generated and the real distribution are the same, the two forces cancel and V = 0.
 drift_field() is the plain field of Algorithm 2; drift_loss() is Algorithm 1 in the units of the
-paper's appendix A.6. This file needs torch alone: copy it into your own project. Shapes: F features
-of one shape, G groups (labels x locations), N samples x, T targets y, C channels.
+paper's appendix A.6. This file needs torch 2.9 alone: copy it into your own project. Shapes: F
+features of one shape, G groups (labels x locations), N samples x, T targets y, C channels.
 """
 
 import torch
@@ -105,11 +105,11 @@ def drift_loss(
         y = y - x.mean(-2, keepdim=True)  # V does not change, and keeps more digits
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
-        # The unit of a feature is its mean distance, over groups, samples and targets.
+        # The unit of a feature is its weighted mean distance, over groups, samples and targets.
         total = (D.mean(-2) * w).mean((-2, -1))
         total, mass = mean_over_ranks(torch.stack([total, w.mean().expand_as(total)]))
         scale = total / mass
-        unit = scale.clamp(min=1e-3)[..., None, None, None]  # this limit and the next: official
+        unit = scale.clamp(min=1e-3)[..., None, None, None]  # 1e-3 as in the official code
         s = (scale / C**0.5).clamp(min=1e-3)[..., None, None, None]  # x / s: mean distance sqrt(C)
 
         # Algorithm 2 for every tau; some groups at a time, as their A stays in a CPU's cache.

@@ -76,7 +76,7 @@ def load_set(name, args, n=None, size=None):
         first = data.folder_files(Path(name))[0][0]
         size, name = size or min(data.read_image(first).size), f"folder:{name}"
     elif name.endswith(".npz"):
-        name = f"npz:{name}"
+        name = f"npz:{name.removeprefix('npz:')}"
     images = data.load(name, args.data_dir, size, split)[0]
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[some[:n]].expand(-1, 3, -1, -1)  # a folder is sorted by class

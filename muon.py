@@ -4,10 +4,9 @@ Muon, an optimiser for matrices: every step has singular values of about one (Jo
     B  <- momentum * B + G                  G is the gradient of a matrix
     W  <- W - lr * orthogonal(G + momentum * B)
 
-Adam sets the size of every single number's step; Muon sets that of every direction's, also of those
-in which the gradient is small. The rest of a network (embeddings, norms, biases, the first and the
-last layer) is left to AdamW. torch.optim.Muon does the same in bfloat16, which takes 15 times as
-long on a CPU without such instructions; this is in the type of the weights.
+The rest of a network (embeddings, norms, biases, the first and the last layer) is left to AdamW.
+torch.optim.Muon does the same in bfloat16, which takes 15 times as long on a CPU without such
+instructions; this is in the type of the weights.
 """
 
 import torch
@@ -37,8 +36,8 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 B = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-                # A matrix with more rows than columns has larger numbers, as all its columns are
-                # of length one: the original correction.
+                # With more rows than columns the numbers of a step are smaller, as all its columns
+                # have length one: the original correction.
                 lr = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(lr * orthogonal(p.grad + group["momentum"] * B))

@@ -296,7 +296,7 @@ def main(argv=None):
 
     def log(**numbers):
         short = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in numbers.items()}
-        print(*(f"{k} {v} " for k, v in short.items()), flush=True)
+        print("  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
         with out.with_suffix(".jsonl").open("a") as file:
             file.write(json.dumps(numbers) + "\n")
         if args.wandb:
@@ -312,7 +312,8 @@ def main(argv=None):
         most = min(10000, 2**28 // sampler.images[0, 0].numel())  # at most a gigabyte
         some = torch.randperm(len(sampler.labels), generator=torch.Generator().manual_seed(0))
         some = some[:most].to(device)
-        real, real_labels = sampler.fetch(some, some * 0 + 0.5), sampler.labels[some]
+        real = sampler.fetch(some, torch.full(some.shape, 0.5, device=device))  # not mirrored
+        real_labels = sampler.labels[some]
         half = min(N_EVAL, len(real) // 2)
         if half > 20:  # what real images reach in the place of samples
             found = fid.scores(real[:half], real_labels[:half], real[half:], real_labels[half:])
@@ -325,7 +326,7 @@ def main(argv=None):
         except Exception as error:  # of a missing compiler or Triton
             sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
         forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
-        drift.field = torch.compile(drift.field, dynamic=True)  # by name
+        drift.field = torch.compile(drift.field, dynamic=True)  # drift_loss looks it up
 
     def generate_and_encode(noise, style, label, alpha):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
