@@ -10,7 +10,7 @@ The architecture is that of the official JAX code, whose weights fit: see imagen
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -214,12 +214,6 @@ class DiT(nn.Module):
         noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
         alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
         return self(noise, style, label, alpha.expand(len(label)))
-
-    def resize_classes(self, n):
-        """A class table of n rows, each the mean of the old ones: new classes are not the old."""
-        mean = self.label_embed.weight.detach().mean(0, keepdim=True)
-        self.label_embed = nn.Embedding.from_pretrained(mean.repeat(n, 1), freeze=False)
-        self.config = replace(self.config, num_classes=n)
 
 
 def load_net(path, build, weights):

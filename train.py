@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -178,16 +178,14 @@ def prepare(argv, rank, world):
     shape = dict(in_channels=images.shape[-3], input_size=images.shape[-1], num_classes=len(names))
     config = DiTConfig.named(args.model, patch_size=args.patch, **shape)
     if source and not typed.keys() & {"model", "patch"}:
-        config = DiTConfig(**source["config"])
+        config = replace(DiTConfig(**source["config"]), **shape)
     net = DiT(config)
     if source:
-        net.load_state_dict(source["model" if stored else "ema"])
-    if args.init and not stored:
-        net.resize_classes(len(names))
-    for name, ours in shape.items():
-        if getattr(net.config, name) != ours:
-            theirs = getattr(net.config, name)
-            raise ValueError(f"the checkpoint has {name} {theirs}, the data have {ours}")
+        weights = source["model" if stored else "ema"]
+        if not stored:  # other classes: each begins as the mean of those of --init
+            table = weights["label_embed.weight"].mean(0, keepdim=True).repeat(len(names), 1)
+            weights["label_embed.weight"] = table
+        net.load_state_dict(weights)
 
     sampler = data.Sampler(images, labels, device, args.flip)
     encoders = list(args.encoder)

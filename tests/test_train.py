@@ -81,7 +81,7 @@ def test_typed_settings_are_used_at_resume():
         pairs = zip(plain[part].values(), typed[part].values(), strict=True)
         assert any(not torch.equal(a, b) for a, b in pairs), name
     assert "size mismatch" in refused("--resume", "out.pt", "--patch", 2)
-    assert "num_classes 10, the data have 1" in refused("--resume", "out.pt", "--unconditional")
+    assert "mismatch for label_embed" in refused("--resume", "out.pt", "--unconditional")
 
 
 def test_resume_of_an_older_versions_file_and_of_moved_data():
@@ -135,7 +135,7 @@ def test_fine_tuning_takes_weights_and_gets_a_class_table():
     assert torch.equal(state["model"]["blocks.0.attn.qkv.weight"], net.blocks[0].attn.qkv.weight)
     mean = net.label_embed.weight.mean(0)
     torch.testing.assert_close(state["model"]["label_embed.weight"], mean.repeat(2, 1))
-    assert "input_size 8, the data have 16" in refused(*plan, "--size", 16)
+    assert "mismatch for pos_embed" in refused(*plan, "--size", 16)
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch):
