@@ -331,9 +331,12 @@ def main(argv=None):
             x = forward(noise, style, label, alpha)
         return encode(x.to(noise.dtype))
 
-    def encode_real(images):
+    def encode_real(pos, unc):
+        images = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])  # together, as unc may be empty
         with torch.no_grad():
-            return in_parts(encode, args.micro_batch, images.flatten(0, 1))
+            feats = in_parts(encode, args.micro_batch, images)
+        n = pos.shape[0] * pos.shape[1]
+        return {k: f[:n] for k, f in feats.items()}, {k: f[n:] for k, f in feats.items()}
 
     stop = []  # signals: the step ends, a checkpoint is written, the run ends
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
@@ -356,7 +359,7 @@ def main(argv=None):
         each = [t.repeat_interleave(args.n_gen) for t in (label[mine], alpha)]
 
         fx = in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
-        fp, fu = encode_real(pos), encode_real(unc)
+        fp, fu = encode_real(pos, unc)
         loss, stats = drift.features_loss(fx, fp, fu, alpha, args.taus, args.iters, args.floor)
         loss.backward()
         stopping = average_gradients(params, bool(stop)) if world > 1 else bool(stop)

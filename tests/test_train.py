@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import features
 import train
 from conftest import HERE, save_generator, start, tiny_generator, write_folder
 
@@ -54,6 +55,18 @@ def test_alpha_has_the_stated_density():
         grid = torch.linspace(1, 4, 100001, dtype=torch.float64)
         density = grid**-k / (grid**-k).sum()
         assert above.mean().item() == pytest.approx((grid * density).sum().item(), rel=0.01)
+
+
+def test_the_encoder_never_gets_an_empty_batch(monkeypatch):
+    """Without guidance there are no unconditional images, and CUDA cannot resize none."""
+    forward = features.Encoder.forward
+
+    def checked(self, images):
+        assert len(images) > 0
+        return forward(self, images)
+
+    monkeypatch.setattr(features.Encoder, "forward", checked)
+    run("--n_unc", 0, "--steps", 1, *QUICK)
 
 
 def test_rates():
