@@ -6,8 +6,8 @@ The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.0
 
 If the generated and the real distribution are the same, the two forces cancel and V = 0.
 drift_field() is the plain field of Algorithm 2; drift_loss() is Algorithm 1 in the units of the
-paper's appendix A.6. This file needs torch 2.9 alone: copy it into your own project. Shapes: F
-features of one shape, G groups (labels x locations), N samples x, T targets y, C channels.
+paper's appendix A.6. This file needs only torch, 2.9 or later: copy it into your own project.
+Shapes: F features of one shape, G groups (labels x locations), N samples, T targets, C channels.
 """
 
 import torch
@@ -68,7 +68,7 @@ def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floo
     w = y.new_ones(y.shape[:-1])
     if w_neg is not None:
         w[..., : w_neg.shape[-1]] = w_neg
-    centre = as_float(x).mean(-2, keepdim=True)  # V does not change, and keeps more digits
+    centre = as_float(x).mean(-2, keepdim=True)  # V does not change, but is rounded less
     y = y - centre
     return field(distance(x - centre, y), w, y, y_pos.shape[-2], tau, mask_self, iters, floor)
 
@@ -102,7 +102,7 @@ def drift_loss(
         targets = [(y, w) for y, w in ((x, w_gen), (y_unc, w_unc), (y_pos, w_pos)) if y is not None]
         w = torch.cat([x.new_ones(y.shape[-3:-1]) if w is None else w for y, w in targets], dim=-1)
         y = torch.cat([as_float(y) for y, _ in targets], dim=-2)  # [F, G, T, C]
-        y = y - x.mean(-2, keepdim=True)  # V does not change, and keeps more digits
+        y = y - x.mean(-2, keepdim=True)  # V does not change, but is rounded less
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
         # The unit of a feature is its weighted mean distance, over groups, samples and targets.

@@ -91,9 +91,9 @@ PRESETS = {  # by data set: what differs from the defaults
     "cifar10": dict(encoder=["pixels", "pool:2", "pool:4", "mae"], model="S", patch=2, flip=True)
     | dict(labels=5, n_gen=128, n_pos=256, n_unc=0, muon=0.02, lr=1e-3, warmup=100)
     | dict(steps=100000, ema=0.999, eval_every=5000),
-    "cifar10-cpu": dict(dataset="cifar10", flip=True, n_pos=64, n_unc=0, muon=0.02, steps=2600)
+    "cifar10-cpu": dict(dataset="cifar10", patch=2, flip=True, n_pos=64, n_unc=0, muon=0.02)
     | dict(encoder=["pixels", "pool:2", "pool:4", "timm:mobilenetv2_100@64"])
-    | dict(log_every=25, eval_every=100),
+    | dict(steps=1100, log_every=25, eval_every=100),
     "folder": PHOTOS | dict(size=64, patch=8, flip=True),
     "npz": PHOTOS,
     "latents": PHOTOS | dict(encoder=["mae"], patch=2),
