@@ -349,7 +349,7 @@ def test_official_mae_features(case):
 
 
 def run(*args):
-    train.main([str(arg) for arg in args])
+    train.main([*map(str, args), "--device", "cpu"])
 
 
 def read(path):
@@ -364,7 +364,7 @@ def weights(path):
 
 def test_digits_are_learnt(tmp_path, capsys):
     plan = ["--steps", 75, "--eval_every", 25, "--ema", 0.9, "--n_gen", 16, "--n_pos", 16]
-    run("--out", tmp_path / "a.pt", *plan, "--device", "cpu")
+    run("--out", tmp_path / "a.pt", *plan)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     fd = [float(line[line.index("fd") + 1]) for line in lines if "fd" in line]
     print("\nfd", fd, end="")

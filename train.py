@@ -129,7 +129,7 @@ def parse(argv=None):
     if path and (Path(path).exists() or typed["resume"] != "auto"):
         stored = model.load(path)[1]
         preset = {name: value for name, value in stored["args"].items() if name in hints}
-        preset |= dict(out=path, stop_after=0)
+        preset |= dict(out=path, stop_after=0, device=Settings.device)
     args = Settings(**preset | typed)
     for name, hint in hints.items():
         value = getattr(args, name)
@@ -199,8 +199,8 @@ def prepare(argv, rank, world):
 
 def build_optimizers(args, net, stored):
     """AdamW; and Muon for the matrices of the blocks, if --muon says so."""
-    named = net.blocks.named_parameters()
-    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name and args.muon]
+    named = net.blocks.named_parameters() if args.muon else []
+    matrices = [p for name, p in named if p.ndim == 2 and "adaln" not in name]
     chosen = set(matrices)
     rest = [p for p in net.parameters() if p not in chosen]
     optimizers = [torch.optim.AdamW(rest, args.lr, (0.9, 0.95), fused=True)]
@@ -223,7 +223,7 @@ def draw_alpha(n, args, g):
     u = torch.rand(2, n, generator=g, device=g.device)
     p = 1 - args.alpha_k
     alpha = (1 + u[0] * (args.alpha_max**p - 1)) ** (1 / p)  # inverse of the CDF
-    return alpha.where(u[1] >= args.alpha_one, torch.ones_like(alpha))
+    return torch.where(u[1] < args.alpha_one, 1.0, alpha)
 
 
 def in_parts(f, size, *inputs):
@@ -318,7 +318,8 @@ def main(argv=None):
             log(**{f"real_{name}": value for name, value in found.items()})
 
     forward = net
-    if device.type == "cuda" if args.compile is None else args.compile:
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
         try:
             torch.compile(torch.exp)(torch.ones(1, device=device))
         except Exception as error:  # of a missing compiler or Triton
@@ -343,7 +344,7 @@ def main(argv=None):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has two of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, frame: stop.append(number))
-    per_rank = args.labels // world
+    batch, per_rank = args.labels * args.n_gen, args.labels // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)  # this rank's labels
     stat_names = [*(f"drift_{tau:g}" for tau in args.taus), "scale"]
     end = min(args.steps, args.stop_after or args.steps)
@@ -355,7 +356,7 @@ def main(argv=None):
         label = draw_labels(args.labels, len(names), g)
         alpha = draw_alpha(args.labels, args, g)[mine]
         pos, unc = sampler.draw(label, args.n_pos, args.n_unc, g, mine)
-        noise, style = (t.chunk(world)[rank] for t in net.draw(args.labels * args.n_gen, g))
+        noise, style = (t.chunk(world)[rank] for t in net.draw(batch, g))
         each = [t.repeat_interleave(args.n_gen) for t in (label[mine], alpha)]
 
         fx = in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
@@ -375,13 +376,12 @@ def main(argv=None):
 
         done = step + 1
         last = done == end or stopping
-        seen = dict(step=done, images=done * args.labels * args.n_gen)
-        seen["seconds"] = int(time.time() - began)
+        seen = dict(step=done, images=done * batch, seconds=int(time.time() - began))
         if rank == 0 and (done % args.log_every == 0 or done == start + 1 or last):
             means = torch.stack(list(stats.values())).mean(0).tolist()  # over features
             numbers = dict(zip(stat_names, means, strict=True))
             numbers |= dict(grad_norm=norm.item(), lr=args.lr * rate(step, args))
-            speed = (done - since) * args.labels * args.n_gen / (time.time() - then)
+            speed = (done - since) * batch / (time.time() - then)
             log(**seen, **numbers, images_per_s=int(speed))
             since, then = done, time.time()
         if rank == 0 and (done % args.eval_every == 0 or last):

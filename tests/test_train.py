@@ -26,7 +26,7 @@ def _in_an_empty_folder(monkeypatch, tmp_path):
 
 def run(*args):
     """Trains; -> the checkpoint and the lines of the log."""
-    train.main([str(arg) for arg in args])
+    train.main([*map(str, args), "--device", "cpu"])
     out = str(args[args.index("--out") + 1]) if "--out" in args else "out.pt"
     lines = Path(out).with_suffix(".jsonl").read_text().splitlines()
     return torch.load(out, weights_only=True), [json.loads(line) for line in lines]
@@ -97,13 +97,14 @@ def test_typed_settings_are_used_at_resume():
     assert "mismatch for label_embed" in refused("--resume", "out.pt", "--unconditional")
 
 
-def test_resume_of_an_older_versions_file_and_of_moved_data():
+def test_resume_of_an_older_versions_file_on_another_device_and_of_moved_data():
     write_folder(Path("a/pets"))
     plan = [*QUICK, "--dataset", "folder:a/pets", "--size", 8, "--encoder", "pixels", "--patch", 4]
     state, _ = run(*plan, "--steps", 3, "--stop_after", 1)
     del state["args"]["ema"]
-    state["args"]["of_another_version"] = 1
+    state["args"] |= dict(of_another_version=1, device="elsewhere")
     torch.save(state, "out.pt")
+    assert train.parse(["--resume", "out.pt"])[0].device == train.Settings.device
     os.rename("a", "b")
     state, lines = run("--resume", "out.pt", "--stop_after", 2, "--dataset", "folder:b/pets")
     assert state["step"] == 2 and state["args"]["ema"] == train.Settings.ema
