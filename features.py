@@ -103,7 +103,7 @@ class Timm(nn.Module):
         """Maps {name: [B, C, H, W]}, and the class token [B, 1, C], of images [B, C, H, W]."""
         x = ((self.resized(images) + 1) / 2 - self.mean) / self.std
         x = x.to(next(self.net.parameters()).dtype)  # bf16 on a GPU
-        if self.is_efficientnet:
+        if self.is_efficientnet:  # as MobileNetV2 is in timm
             # The first stage has very many locations, the last one is wide and near the classes.
             x = self.net.blocks[0](self.net.bn1(self.net.conv_stem(x)))
             maps = {}
@@ -131,7 +131,7 @@ class ConvNeXtV2(Timm):
             var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
             y = rearrange((x - mean) / (var.sqrt() + 1e-3), "b c h w -> b (h w) c")
             if i > 0:
-                feats[f"convenxt_stage_{i}"] = y
+                feats[f"convenxt_stage_{i}"] = y  # as the authors spell it
             std = (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
             feats[f"convenxt_stage_{i}_mean"] = y.mean(1, keepdim=True)
             feats[f"convenxt_stage_{i}_std"] = std
@@ -165,9 +165,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.pixels, self.names, self.nets = {}, [], nn.ModuleList()
         for name in names:
-            kind, _, k = name.partition(":")
-            if kind in ("pixels", "pool", "window"):
-                k = int(k) if k.isdecimal() else int(name == "pixels")
+            kind, _, k = ("pool:1" if name == "pixels" else name).partition(":")
+            if kind in ("pool", "window"):
+                k = int(k) if k.isdecimal() else 0
                 step = k // 2 if kind == "window" else k
                 odd = kind == "window" and k % 2
                 if odd or not 1 <= k <= size or size % step:

@@ -67,7 +67,8 @@ def save_films(films, path, size=300):
         for panel, (x, y, V) in enumerate(moment):
             V = V / V.norm(dim=1).mean().clamp(min=1e-6) * 0.1  # mean length 0.1, for display only
             x, y, tip = ((p.clamp(-1.2, 1.2) + 1.2) / 2.4 * size for p in (x, y, x + V))
-            x, y, tip = ((p + torch.tensor([panel * size, 0])).tolist() for p in (x, y, tip))
+            left = torch.tensor([panel * size, 0])
+            x, y, tip = (x + left).tolist(), (y + left).tolist(), (tip + left).tolist()
             for a, b in y:
                 pen.rectangle((a - 1, b - 1, a, b), fill="#c8c8c8")
             for start, end in zip(x[::4], tip[::4], strict=True):
