@@ -20,7 +20,7 @@ ASSETS = HERE / "assets"
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
-    """Equal random numbers for a test wherever it runs, one thread and few samples to score."""
+    """Every test starts with the same seeds, on one thread, and scores few samples."""
     monkeypatch.setattr(train, "N_EVAL", 50)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -49,6 +49,14 @@ def start(*command, **kwargs):
     """Starts a script in a process of its own, of one thread."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, **kwargs)
+
+
+def refusal(main, *args):
+    """The one line with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
 
 
 def relative(a, b):

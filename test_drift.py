@@ -209,13 +209,6 @@ def test_kernel_width_does_not_depend_on_the_number_of_channels():
 # Guidance, and many features at once
 
 
-def test_guidance_reaches_the_gradient():
-    x, y_pos, y_unc, *_ = problem()
-    low = loss_and_grad(x, y_pos, y_unc, x.new_zeros(y_unc.shape[:2]))[1]
-    high = loss_and_grad(x, y_pos, y_unc, x.new_full(y_unc.shape[:2], 3.0))[1]
-    assert relative(high, low) > 0.05
-
-
 def test_guidance_weight_follows_the_label():
     """In a step, only groups whose alpha is above 1 are pushed away from unconditional images."""
     L, N, P, U, places, C = 2, 4, 3, 3, 2, 5
@@ -251,14 +244,6 @@ def test_a_step_adds_the_losses_of_its_features():
     each = [drift.features_loss({k: fx[k]}, {k: fp[k]}, {k: fu[k]}, alpha) for k in fx]
     assert loss.item() == pytest.approx(sum(one.item() for one, _ in each), rel=1e-12)
     torch.testing.assert_close(stats, {k: v for _, one in each for k, v in one.items()})
-
-
-def test_autocast_does_not_reach_the_drift():
-    x, y_pos = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
-    plain = loss_and_grad(x, y_pos)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(loss_and_grad(x, y_pos)[1], plain[1])
-        assert drift_field(x.bfloat16(), y_pos, x, 0.5).dtype == torch.float32
 
 
 # The authors' networks

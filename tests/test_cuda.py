@@ -76,9 +76,6 @@ def test_everything_compiles_once_without_a_break(tmp_path):
         step_loss(forward, encode, real).backward()
         frames.append(counter.frame_count)
     assert frames[0] == frames[1] > 1
-    x, y = torch.randn(2, 8, 5), torch.randn(2, 8, 5)
-    loss, _ = torch.compile(drift.drift_loss, **whole)(x, y)
-    torch.testing.assert_close(loss, drift.drift_loss(x, y)[0])
 
 
 def test_bf16_keeps_the_direction_of_the_gradient(tmp_path):

@@ -13,18 +13,10 @@ from PIL import Image
 import data
 import mae
 import model
-from conftest import ASSETS, needs, write_folder
+from conftest import ASSETS, needs, refusal, write_folder
 from imagenet import convert, encode
 
 ARTIFACT = ASSETS / "artifact_gen"  # written by the official code, random weights
-
-
-def line(script, *args):
-    """Runs a script that has to end with one line for the user, and returns the line."""
-    with pytest.raises(SystemExit) as stop:
-        script.main([str(a) for a in args])
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
-    return stop.value.code
 
 
 def test_a_generator_becomes_a_checkpoint(tmp_path, monkeypatch):
@@ -43,7 +35,7 @@ def test_a_generator_becomes_a_checkpoint(tmp_path, monkeypatch):
         assert net.config == expected.config
         assert checkpoint["classes"] == [str(i) for i in range(11)] and not checkpoint["args"]
     download.assert_called_once_with("Goodeat/drifting", allow_patterns=f"{where}/*")
-    assert "metadata.json" in line(convert, "hf://pixel_B", tmp_path / "b.pt")
+    assert "metadata.json" in refusal(convert.main, "hf://pixel_B", tmp_path / "b.pt")
 
 
 def test_an_encoder_becomes_a_file_of_mae(tmp_path):
@@ -74,16 +66,16 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     def changed(**config):
         text = json.dumps(dict(kind="gen", model_config=metadata["model_config"] | config))
         (folder / "metadata.json").write_text(text)
-        return line(convert, folder, out)
+        return refusal(convert.main, folder, out)
 
     assert "network lack LightningDiT_0/blocks_3/" in changed(depth=4)
     assert "network lack LightningDiT_0/blocks_2/" in changed(depth=2)
     assert "label_embed.weight" in changed(num_classes=10)
     assert not out.exists()
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    assert "directory" in line(convert, folder, tmp_path / "none" / "a.pt")
+    assert "directory" in refusal(convert.main, folder, tmp_path / "none" / "a.pt")
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    assert "msgpack" in line(convert, folder, out)
+    assert "msgpack" in refusal(convert.main, folder, out)
 
 
 @pytest.fixture
@@ -130,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, command):
     counter.write_text("4")
     encode.main(command)
     assert np.load(path).tobytes() == expected.tobytes() and counter.read_text() == "10"
-    assert "another data set or size" in line(encode, *command, "--size", 32)
+    assert "another data set or size" in refusal(encode.main, *command, "--size", 32)
 
 
 def test_views_are_the_middle_of_a_colour_image_and_its_mirror_image(tmp_path):
@@ -146,8 +138,8 @@ def test_views_are_the_middle_of_a_colour_image_and_its_mirror_image(tmp_path):
 
 
 def test_what_encode_lacks_is_one_line(tmp_path, command, monkeypatch):
-    assert "none" in line(encode, *command, "--dataset", f"folder:{tmp_path}/none")
+    assert "none" in refusal(encode.main, *command, "--dataset", f"folder:{tmp_path}/none")
     (tmp_path / "pets" / "cats" / "0.png").write_text("no image")
-    assert "0.png" in line(encode, *command)
+    assert "0.png" in refusal(encode.main, *command)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "diffusers" in line(encode, *command)
+    assert "diffusers" in refusal(encode.main, *command)

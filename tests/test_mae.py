@@ -103,10 +103,8 @@ def test_patches_are_ordered_as_the_official_ones(patch):
 
 
 def test_what_is_no_encoder_is_one_line(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
     save_generator(tiny_generator(), tmp_path / "generator.pt", list("0123456789"))
-    for name, line in (("none", "there is no"), ("text", "damaged"), ("generator", "another kind")):
-        with pytest.raises(ValueError, match=f"{line}.*$"):
-            mae.load(tmp_path / f"{name}.pt")
+    with pytest.raises(ValueError, match=r"another kind.*$"):
+        mae.load(tmp_path / "generator.pt")
     with pytest.raises(SystemExit, match=r"^mae\.py: error: 8 pixels are no 8 or more"):
         mae.main(["--dataset", "digits", "--out", str(tmp_path / "a.pt")])
