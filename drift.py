@@ -32,7 +32,8 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
 
     D [..., N, T] are distances, tau is the width of the kernel exp(-D / tau). With mask_self the
     first N columns are the rows themselves, and no sample sees itself. iters > 1 repeats the
-    averaging. The official code takes sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6.
+    averaging, so that the sums of rows and columns become more nearly equal. The official code
+    takes sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6.
     """
     logit = D / -tau
     if mask_self:
@@ -161,7 +162,8 @@ def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
 @torch.library.custom_op("drifting::matmul", mutates_args=())
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in full precision, whatever autocast and TF32 are set to: small differences of large
-    squares are divided by a small tau. torch.compile cannot trace such switches, but an operator.
+    squares are divided by a small tau. torch.compile cannot trace such switches, so that they are
+    put inside an operator of our own.
     """
     switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [switch.fp32_precision for switch in switches]

@@ -6,7 +6,7 @@ Images to named feature vectors: the spaces in which the drift is measured.
 Every name is a drift problem with its own scale, and their losses are added. --encoder of train.py:
 
     pixels, pool:K      the image as one vector; averaged over K x K pixels before
-    window:K            windows of K x K pixels that overlap by half; no window, no pool officially
+    window:K            windows of K x K pixels that overlap by half
     mae                 a ResNet-MAE that train.py trains on the data first
     FILE.pt             a ResNet-MAE, the paper's own encoder, trained by mae.py
     dinov2, timm:NAME   a network of ALIASES, or any other one of timm

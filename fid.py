@@ -47,7 +47,7 @@ def scores(images, labels, real, real_labels):
     """Compares images [n, C, H, W] in [-1, 1] with real ones, by pixels.
 
     fd: Frechet distance; acc: share whose nearest real image has their label; std: deviation of a
-    pixel within a class; copies: share that is a real image, each pixel within 1/16.
+    pixel within a class; copies: share that copies a real image: no pixel differs by 1/16.
     """
     C, size = images.shape[1:3]
     k = min(k for k in range(1, size + 1) if size % k == 0 and C * (size // k) ** 2 <= 1024)

@@ -23,7 +23,7 @@ from model import load_net
 
 
 def group_norm(channels, per_group):
-    """Up to 32 groups, as officially, but of at least so many channels each."""
+    """Up to 32 groups, as in the official code, of at least per_group channels each."""
     most = max(1, min(32, channels // per_group))
     groups = max(g for g in range(1, most + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -130,8 +130,8 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
           group=8, cls_steps=0, lr=2e-3, warmup=50, ema=0.9995):  # fmt: skip
     """Trains a ResNet-MAE on the images of a data.Sampler and writes it to path.
 
-    In the last cls_steps, the classifier's cross-entropy comes to be a tenth of the loss. A picture
-    beside the file shows images, what was shown of them, and what was made of that.
+    In the last cls_steps, the classifier's cross-entropy grows to a tenth of the loss. A picture
+    beside the file shows images, their visible parts, and what the decoder made of these.
     """
     path, device = Path(path), sampler.device
     C, size = sampler.images.shape[-3:-1]
@@ -173,7 +173,7 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
 
 
 def of_data(sampler, classes, data_dir):
-    """The file of the encoder of a data.Sampler's images; trains the encoder if it is missing."""
+    """The path of the encoder for a data.Sampler's images; trains it first if there is none."""
     digest = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
     path = Path(data_dir) / f"mae-{digest:08x}-{sampler.device.type}.pt"
     if not path.exists():

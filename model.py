@@ -151,15 +151,11 @@ class DiT(nn.Module):
         self.final_norm = RMSNorm(width, eps=1e-6)
         self.final_adaln = nn.Linear(cond, 2 * width)
         self.final_proj = nn.Linear(width, patch_dim)
-        self.add_rope()
-        self.init_weights()
-
-    def add_rope(self):
-        """Rotary positions of the whole sequence, class tokens first; not in checkpoints."""
-        tokens = self.cls_embed.shape[1] + self.pos_embed.shape[1]
-        cos, sin = rope_1d(self.config.hidden_size // self.config.num_heads, tokens)
-        self.register_buffer("rope_cos", cos, persistent=False)  # [T, d]
+        tokens = c.n_cls_tokens + self.pos_embed.shape[1]  # class tokens first
+        cos, sin = rope_1d(width // c.num_heads, tokens)
+        self.register_buffer("rope_cos", cos, persistent=False)  # [T, d], not in checkpoints
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
 
     def init_weights(self):
         for name, m in self.named_modules():

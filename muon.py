@@ -5,8 +5,8 @@ Muon, an optimiser for matrices: every step has singular values of about one (Jo
     W  <- W - lr * orthogonal(G + momentum * B)
 
 The rest of a network (embeddings, norms, biases, the first and the last layer) is left to AdamW.
-torch.optim.Muon does the same in bfloat16, which takes 15 times as long on a CPU without such
-instructions; this is in the type of the weights.
+torch.optim.Muon always computes in bfloat16, which takes 15 times as long on a CPU without such
+instructions; this one computes in the type of the weights.
 """
 
 import torch

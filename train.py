@@ -2,10 +2,10 @@
 Trains a one-step generator by drifting: writes out.pt, out.png (samples) and out.jsonl (log).
 
 $ python train.py                                           # 8 x 8 digits, a minute or two
-$ python train.py --dataset mnist --out mnist.pt            # what is typed overrides the preset
+$ python train.py --dataset mnist --out mnist.pt            # flags override the preset
 $ python train.py --dataset folder:flowers --out flowers.pt
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
-$ python train.py --dataset cifar10 --resume auto --out long.pt     # starts, or goes on
+$ python train.py --dataset cifar10 --resume auto --out long.pt     # starts, or resumes
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Settings:  # Annotated[type, meaning, least value]
 
     init: Annotated[str, "checkpoint of a generator to start from"] = ""
     model: Annotated[str, "generator: " + " ".join(SIZES)] = "tiny"
-    patch: Annotated[int, "of the generator, in pixels", 1] = 4
+    patch: Annotated[int, "patch size of the generator, in pixels", 1] = 4
 
     labels: Annotated[int, "in a step, a multiple of the ranks", 1] = 10
     n_gen: Annotated[int, "samples per label", 2] = 32
@@ -56,10 +56,10 @@ class Settings:  # Annotated[type, meaning, least value]
     micro_batch: Annotated[int, "images at a time, to save memory; 0: all", 0] = 0
 
     taus: Annotated[list[float], "kernel widths, in units of the mean distance", 1e-6] = drift.TAUS
-    iters: Annotated[int, "averages of the two softmaxes; Algorithm 2: 1", 1] = 2
+    iters: Annotated[int, "how often the softmaxes are averaged; Algorithm 2: 1", 1] = 2
     floor: Annotated[float, "least product of the softmaxes; official: 1e-6", 0] = 0.0
-    alpha_max: Annotated[float, "guidance is drawn from 1 to this", 1] = 4.0
-    alpha_k: Annotated[float, "with a density that falls as alpha^-k, k not 1"] = 3.0
+    alpha_max: Annotated[float, "guidance alpha is drawn from 1 to this", 1] = 4.0
+    alpha_k: Annotated[float, "density of alpha: alpha^-k, k not 1"] = 3.0
     alpha_one: Annotated[float, "share of labels without guidance", 0] = 0.5
 
     steps: Annotated[int, "in all, resumed ones included", 1] = 600
@@ -67,7 +67,7 @@ class Settings:  # Annotated[type, meaning, least value]
     lr: Annotated[float, "learning rate of AdamW", 0] = 3e-3
     muon: Annotated[float, "rate of Muon, for the blocks' matrices; 0: AdamW", 0] = 0.0
     warmup: Annotated[int, "steps to the full rates", 0] = 50
-    decay: Annotated[float, "last share of the steps, in which the rates fall to 0", 0] = 0.4
+    decay: Annotated[float, "last share of the steps, over which the rates fall to 0", 0] = 0.4
     wd: Annotated[float, "weight decay, of all parameters", 0] = 0.01
     ema: Annotated[float, "decay of the average of the weights", 0] = 0.99
 
@@ -302,7 +302,7 @@ def main(argv=None):
 
     if rank == 0:
         if out.exists() and not stored:
-            print(f"{out} is of an earlier run: it is replaced, and its log and picture")
+            print(f"{out} of an earlier run is overwritten, with its log and picture")
             out.with_suffix(".jsonl").unlink(missing_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         log(**asdict(args))
@@ -325,7 +325,7 @@ def main(argv=None):
         except Exception as error:  # of a missing compiler or Triton
             sys.exit(f"train.py: error: torch.compile fails ({str(error)[:80]!r}): --no-compile")
         forward, encode = torch.compile(net, dynamic=False), torch.compile(encode, dynamic=False)
-        drift.field = torch.compile(drift.field, dynamic=True)  # drift_loss looks it up
+        drift.field = torch.compile(drift.field, dynamic=True)  # drift_loss calls it by this name
 
     def generate_and_encode(noise, style, label, alpha):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -356,6 +356,7 @@ def main(argv=None):
         label = draw_labels(args.labels, len(names), g)
         alpha = draw_alpha(args.labels, args, g)[mine]
         pos, unc = sampler.draw(label, args.n_pos, args.n_unc, g, mine)
+        # style is a second, discrete noise, see model.py
         noise, style = (t.chunk(world)[rank] for t in net.draw(batch, g))
         each = [t.repeat_interleave(args.n_gen) for t in (label[mine], alpha)]
 

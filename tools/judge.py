@@ -1,8 +1,8 @@
 """
 Scores generators of MNIST or Fashion-MNIST by a small classifier that no recipe trains on.
 
-FD is the Fréchet distance of its 64 features to those of the test images. unsure are, of 1,000
-samples, those that it gives no class more than half a chance.
+FD is the Fréchet distance of its 64 features to those of the test images. unsure: how many of
+1,000 samples get no class a probability of one half.
 $ python -m tools.judge out.pt other.pt --dataset fashion
 """
 
