@@ -404,7 +404,7 @@ def test_two_ranks_take_the_same_steps(tmp_path):
     assert off < 1e-9
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_a_whole_checkpoint(tmp_path, number):
     (tmp_path / "small.py").write_text(SMALL)
     command = ["small.py", *QUICK, "--eval_every", 2, "--steps", 5000]
@@ -412,7 +412,7 @@ def test_a_stopped_run_leaves_a_whole_checkpoint(tmp_path, number):
         while not (tmp_path / "out.png").exists():
             time.sleep(0.1)
         job.send_signal(number)
-        assert job.wait(60) == (0 if number == signal.SIGHUP else -number)
+        assert job.wait(60) == (0 if number == signal.SIGTERM else -number)
     step = read(tmp_path / "out.pt")["step"]
     torch.set_default_dtype(torch.float64)
     run("--resume", tmp_path / "out.pt", "--stop_after", step + 1)
