@@ -115,6 +115,7 @@ def test_the_drift_is_exact_whatever_precision_is_set(new_api, compiled):
         torch.set_float32_matmul_precision("medium")
     with torch.autocast("cpu", torch.bfloat16):
         found = gradient(loss)
+        assert drift.drift_field(x.bfloat16(), y, x, 0.5).dtype == torch.float32
     if new_api:
         assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", "bf16")
         cuda.fp32_precision = cpu.fp32_precision = "none"

@@ -96,7 +96,9 @@ def test_an_image_with_a_long_text(tmp_path):
 
 def test_a_large_photograph_is_decoded_small(tmp_path):
     Image.new("RGB", (4000, 3000)).save(tmp_path / "a.jpg")
-    assert data.read_image(tmp_path / "a.jpg", 128).size == (500, 375)  # by pillow's draft mode
+    with mock.patch("data.ImageOps.fit", wraps=data.ImageOps.fit) as fit:
+        data.load(f"folder:{tmp_path}", tmp_path / "cache", 64)
+    assert fit.call_args.args[0].size == (500, 375)  # by pillow's draft mode
 
 
 def test_one_class_however_it_comes(tmp_path):

@@ -48,8 +48,9 @@ def test_classes_by_name_and_number(tmp_path):
     refuses("no class 3: there are 10, 2, rose", ckpt, out, "--classes", "rose", "3")
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:999])
     torch.save({"a": 1}, tmp_path / "odd.pt")
-    for name in ("none.pt", "odd.pt", "cut.pt"):
-        refuses(name, tmp_path / name, out)
+    refuses(f"there is no checkpoint {tmp_path}/none.pt", tmp_path / "none.pt", out)
+    for name in ("odd.pt", "cut.pt"):
+        refuses(f"{name} is damaged or of another kind", tmp_path / name, out)
 
 
 def test_latents_are_kept_or_decoded(tmp_path):
