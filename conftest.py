@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train
-from model import DiT, DiTConfig
+from model import SIZES, DiT, DiTConfig
 
 HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
@@ -75,7 +75,7 @@ def write_folder(root, n=9):
 def tiny_generator(std=0.1, **shape):
     """With random weights everywhere, as adaLN-zero would hide mistakes."""
     shape = dict(input_size=8, in_channels=1, patch_size=4) | shape
-    net = DiT(DiTConfig.named("tiny", **shape))
+    net = DiT(DiTConfig(**SIZES["tiny"], **shape))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=std)
     return net

@@ -59,16 +59,14 @@ def field(D, w, y, n_pos, tau, mask_self, iters, floor):
 
 
 @torch.no_grad()
-def drift_field(x, y_pos, y_neg, tau, w_neg=None, mask_self=False, iters=1, floor=0.0):
+def drift_field(x, y_pos, y_neg, tau, mask_self=False, iters=1, floor=0.0):
     """The drift V(x) of Algorithm 2, without any normalisation, [..., N, C] in units of x.
 
-    x [..., N, C], y_pos [..., P, C], y_neg [..., M, C], their weights w_neg [..., M]; tau is a
-    distance. mask_self: the first N rows of y_neg are x itself. float32 or float64; no gradient.
+    x [..., N, C], y_pos [..., P, C], y_neg [..., M, C]; tau is a distance. mask_self: the first N
+    rows of y_neg are x itself. float32 or float64; no gradient.
     """
     y = as_float(torch.cat([y_neg, y_pos], dim=-2))
-    w = y.new_ones(y.shape[:-1])
-    if w_neg is not None:
-        w[..., : w_neg.shape[-1]] = w_neg
+    w = y.new_ones(y.shape[-2])
     centre = as_float(x).mean(-2, keepdim=True)  # V does not change, but is rounded less
     y = y - centre
     return field(distance(x - centre, y), w, y, y_pos.shape[-2], tau, mask_self, iters, floor)
@@ -82,15 +80,14 @@ def mean_over_ranks(t):
     return t
 
 
-def drift_loss(
-    x, y_pos, y_unc=None, w_unc=None, w_pos=None, w_gen=None, taus=TAUS, iters=1, floor=0.0
-):
+def drift_loss(x, y_pos, y_unc=None, w_unc=None, taus=TAUS, iters=1, floor=0.0, field=field):
     """The loss of Algorithm 1 with its units (A.6) for one feature; its gradient reaches x only.
 
     x      [G, N, C]  generated samples, negatives of one another
     y_pos  [G, P, C]  real, of the group's label
     y_unc  [G, U, C]  real, of any label: further negatives, weighted by w_unc for guidance
-    w_unc  [G, U], w_pos [G, P], w_gen [G, N]: weights of the targets, 1 if absent
+    w_unc  [G, U]     weights of y_unc, 1 if absent
+    field             field(), compiled or one of your own
 
     With another axis F in front of x and every y, these are F features, whose losses are added.
     -> loss, and stats: `scale` [F], the mean distance, and `drift` [F, len(taus)], the mean square
@@ -100,9 +97,11 @@ def drift_loss(
     x = as_float(x)
     n_gen, n_pos, C = x.shape[-2], y_pos.shape[-2], x.shape[-1]
     with torch.no_grad():
-        targets = [(y, w) for y, w in ((x, w_gen), (y_unc, w_unc), (y_pos, w_pos)) if y is not None]
-        w = torch.cat([x.new_ones(y.shape[-3:-1]) if w is None else w for y, w in targets], dim=-1)
-        y = torch.cat([as_float(y) for y, _ in targets], dim=-2)  # [F, G, T, C]
+        targets = [as_float(t) for t in (x, y_unc, y_pos) if t is not None]
+        y = torch.cat(targets, dim=-2)  # [F, G, T, C]
+        w = y.new_ones(y.shape[-3:-1])  # [G, T]
+        if w_unc is not None:
+            w[:, n_gen:-n_pos] = w_unc
         y = y - x.mean(-2, keepdim=True)  # V does not change, but is rounded less
         D = distance(y[..., :n_gen, :], y)  # [F, G, N, T]
 
@@ -129,13 +128,21 @@ def drift_loss(
     return loss, {"scale": scale, "drift": drift.movedim(0, -1)}
 
 
+def draw_alpha(n, most, k, share_one, g):
+    """Guidance strengths [n]: 1 for a share of them, else on [1, most] with density alpha^-k."""
+    u = torch.rand(2, n, generator=g, device=g.device)
+    p = 1 - k
+    alpha = (1 + u[0] * (most**p - 1)) ** (1 / p) if p else most ** u[0]  # inverse of the CDF
+    return torch.where(u[1] < share_one, 1.0, alpha)
+
+
 def to_groups(feats, names, L):
     """Features {name: [L * n, l, C]} -> [F, L * l, n, C]: a group is a label and a location."""
     f = torch.stack([feats[name] for name in names])
     return f.unflatten(1, (L, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
+def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0, field=field):
     """The loss of a step: drift_loss() of every feature, added (A.6).
 
     fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]}
@@ -152,7 +159,8 @@ def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0):
         # Guidance: the unconditional images together weigh alpha - 1 times the other N - 1 samples.
         w_unc = (alpha - 1) * (n_gen - 1) / max(1, n_unc)  # [L]
         w_unc = w_unc.repeat_interleave(x.shape[1] // L)[:, None].expand(-1, n_unc)
-        part, found = drift_loss(x, y_pos, y_unc, w_unc, taus=taus, iters=iters, floor=floor)
+        how = dict(taus=taus, iters=iters, floor=floor, field=field)
+        part, found = drift_loss(x, y_pos, y_unc, w_unc, **how)
         loss = loss + part
         rows = torch.cat([found["drift"], found["scale"][:, None]], dim=1)
         stats |= dict(zip(names, rows, strict=True))

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint as recompute
 
 import mae
 
@@ -71,6 +72,16 @@ def fold(net):
     return net
 
 
+def in_parts(f, size, *inputs):
+    """f(*inputs), a dictionary of tensors [B, ...], by at most `size` rows at a time; 0: all. The
+    backward pass computes a part again, so that activations of one part alone are held."""
+    if not size:
+        return f(*inputs)
+    parts = zip(*(t.split(size) for t in inputs), strict=True)
+    parts = [recompute(f, *part, use_reentrant=False) for part in parts]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 class Timm(nn.Module):
     """The maps of a network's stages, or a transformer's last tokens; file: local weights."""
 
@@ -113,8 +124,8 @@ class Timm(nn.Module):
         if hasattr(self.net, "num_prefix_tokens"):  # a transformer
             how = dict(indices=1, norm=True, intermediates_only=True, return_prefix_tokens=True)
             [f] = self.net.forward_intermediates(x, **how)
-            has_class_token = isinstance(f, tuple)  # SigLIP has none
-            return {"tokens": f[0], "cls": f[1][:, :1]} if has_class_token else {"tokens": f}
+            # SigLIP has no class token.
+            return {"tokens": f[0], "cls": f[1][:, :1]} if isinstance(f, tuple) else {"tokens": f}
         stages = self.net.forward_intermediates(x, intermediates_only=True)
         fewer = [f for f in stages if f.shape[-1] <= self.size // 4]
         return {f"stage{i}": f for i, f in enumerate(fewer, 1)}
@@ -183,6 +194,7 @@ class Encoder(nn.Module):
                 net = net.net if isinstance(net, Timm) else net
                 net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 
+    @torch.autocast("cuda", enabled=False)  # the networks have types of their own
     def forward(self, images):
         feats = {}
         for name, (kind, k) in self.pixels.items():

@@ -1,11 +1,10 @@
 """
 How far apart two sets of images are: FID, Inception score, precision and recall, by torch-fidelity.
 
-A generator against a data set; images against the test set, or published mu and sigma
+A generator against a data set; images against the test set
 $ pip install torch-fidelity
 $ python fid.py out.pt cifar10 --n 10000
 $ python fid.py samples/ cifar10:test
-$ python fid.py samples.npz imagenet256.npz
 
 FIDs by other networks or of other numbers of images are not comparable: below 10,000 it is FID-n.
 """
@@ -15,7 +14,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
@@ -47,20 +45,23 @@ def scores(images, labels, real, real_labels):
     """Compares images [n, C, H, W] in [-1, 1] with real ones, by pixels.
 
     fd: Frechet distance; acc: share whose nearest real image has their label; std: deviation of a
-    pixel within a class; copies: share that copies a real image: no pixel differs by 1/16.
+    pixel within a class.
     """
     C, size = images.shape[1:3]
     k = min(k for k in range(1, size + 1) if size % k == 0 and C * (size // k) ** 2 <= 1024)
     a, b = (F.avg_pool2d(x, k).flatten(1) for x in (images, real))  # at most 1,024 numbers
-    flat, real_flat = images.flatten(1), real.flatten(1)
-    gap = (flat - real_flat[closest(flat, real_flat)]).abs().amax(1)
-    stds = [flat[labels == label].std(0, correction=0).mean() for label in labels.unique()]
+    stds = [images[labels == label].std(0, correction=0).mean() for label in labels.unique()]
     return {
         "fd": frechet_distance(*gaussian(a), *gaussian(b)),
         "acc": (real_labels[closest(a, b)] == labels).float().mean().item(),
         "std": torch.stack(stds).mean().item(),
-        "copies": (gap < 1 / 16).float().mean().item(),
     }
+
+
+def copies(images, real):
+    """Share of images [n, C, H, W] that copy a real one: no pixel differs by 1/16 or more."""
+    gap = images - real[closest(images.flatten(1), real.flatten(1))]
+    return (gap.flatten(1).abs().amax(1) < 1 / 16).float().mean().item()
 
 
 def load_set(name, args, n=None, size=None):
@@ -93,25 +94,15 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     how = dict(feature_extractor=args.network, feature_extractor_weights_path=args.weights)
-    how |= dict(cuda=args.device.startswith("cuda"), verbose=False)
-    how |= dict(save_cpu_ram=True, cache_root=args.data_dir)  # no workers; features of set 2
+    how |= dict(cuda=args.device.startswith("cuda"), save_cpu_ram=True, cache_root=args.data_dir)
     try:
-        from torch_fidelity import calculate_metrics, utils
+        from torch_fidelity import calculate_metrics
 
         a = load_set(args.sets[0], args, args.n)
-        how["input1"] = Subset(a, range(len(a)))
-        file = np.load(args.sets[1]) if args.sets[1].endswith(".npz") else {}
-        if "mu" in file:
-            layer = utils.resolve_feature_layer_for_metric("fid", **how)
-            net = utils.create_feature_extractor(args.network, [layer], **how)
-            ours = gaussian(utils.extract_featuresdict_from_input_id(1, net, **how)[layer])
-            theirs = [torch.from_numpy(file[name]).double() for name in ("mu", "sigma")]
-            found = {"frechet_inception_distance": frechet_distance(*ours, *theirs)}
-        else:
-            b = load_set(args.sets[1], args, size=a.shape[-1])
-            how["input2"] = Subset(b, range(len(b)))
-            how["input2_cache_name"] = f"{len(b)}-{zlib.crc32(b.numpy().tobytes()):08x}"
-            found = calculate_metrics(fid=True, isc=True, prc=True, **how)
+        b = load_set(args.sets[1], args, size=a.shape[-1])
+        how |= dict(input1=Subset(a, range(len(a))), input2=Subset(b, range(len(b))))
+        how["input2_cache_name"] = f"{len(b)}-{zlib.crc32(b.numpy().tobytes()):08x}"
+        found = calculate_metrics(fid=True, isc=True, prc=True, verbose=False, **how)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # of torchvision: the last
         sys.exit(f"fid.py: error: {' '.join(str(error).split())}")
     few = f"FID-{len(a)}: " if len(a) < 10000 else ""

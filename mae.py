@@ -47,11 +47,9 @@ class BasicBlock(nn.Module):
 
 
 class MAE(nn.Module):
-    """An encoder, a U-Net decoder for what was hidden, and a linear classifier.
-
-    width: channels of the first stage, doubled by every other one; patch: pixels along a side of a
-    location; group: least channels of a group. Patch, layers and group are the paper's by default.
-    """
+    """An encoder, a U-Net decoder for what was hidden, and a linear classifier. width: channels of
+    the first stage, doubled by every other one; patch: pixels along a side of a location; group:
+    least channels of a group. Patch, layers and group are the paper's by default."""
 
     def __init__(
         self, channels=3, size=32, width=32, patch=1, layers=(3, 4, 6, 3), num_classes=10, group=1
@@ -128,11 +126,9 @@ def reconstruction(filled, images, mask, patch):
 
 def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=1000, batch=128,
           group=8, cls_steps=0, lr=2e-3, warmup=50, ema=0.9995):  # fmt: skip
-    """Trains a ResNet-MAE on the images of a data.Sampler and writes it to path.
-
-    In the last cls_steps, the classifier's cross-entropy grows to a tenth of the loss. A picture
-    beside the file shows images, their visible parts, and what the decoder made of these.
-    """
+    """Trains a ResNet-MAE on the images of a data.Sampler and writes it to path, with a picture of
+    images, their visible parts, and what the decoder made of these. In the last cls_steps, the
+    classifier's cross-entropy grows to a tenth of the loss."""
     path, device = Path(path), sampler.device
     C, size = sampler.images.shape[-3:-1]
     torch.manual_seed(0)
@@ -174,29 +170,29 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
 
 def of_data(sampler, classes, data_dir):
     """The path of the encoder for a data.Sampler's images; trains it first if there is none."""
-    digest = zlib.crc32(sampler.images[:1000].cpu().numpy().tobytes())
-    path = Path(data_dir) / f"mae-{digest:08x}-{sampler.device.type}.pt"
+    size, on_gpu = sampler.images.shape[-1], sampler.device.type == "cuda"
+    steps, digest = 20000 if on_gpu else 1000, 0
+    every = 1 + sampler.images.nbytes // 2**30  # of larger sets than a gigabyte, every second, ...
+    for part in sampler.images[::every].split(1000):
+        digest = zlib.crc32(part.cpu().numpy().tobytes(), digest)
+    path = Path(data_dir) / f"mae-{digest:08x}-{steps}.pt"
     if not path.exists():
         print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
-        size = sampler.images.shape[-1]
         patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
-        steps = 20000 if sampler.device.type == "cuda" else 1000
         train(sampler, classes, path, patch=patch, steps=steps)
     return str(path)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--dataset", default="cifar10", help="as of train.py")
-    p.add_argument("--data_dir", default="data")
     p.add_argument("--size", type=int, help="image size, if not the set's own")
     p.add_argument("--flip", action="store_true", help="mirror half of the images")
     p.add_argument("--layers", type=int, nargs=4, default=[2, 2, 2, 2], help="blocks of a stage")
     counts = dict(width=32, patch=2, steps=1000, batch=128, cls_steps=0, lr=2e-3, warmup=50)
-    for name, default in counts.items():  # see train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    more = dict(dataset="cifar10", data_dir="data", out="mae.pt", device=device)  # as of train.py
+    for name, default in (counts | more).items():
         p.add_argument(f"--{name}", type=type(default), default=default)
-    p.add_argument("--out", default="mae.pt", help="the encoder")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     plan = {name: getattr(args, name) for name in ("layers", *counts)}
     try:

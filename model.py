@@ -17,11 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-SIZES = {  # name: (width, layers, heads, class tokens)
-    "tiny": (96, 3, 4, 4),  # for digits on a laptop
-    "S": (384, 12, 6, 16),
-    "B": (768, 12, 12, 16),
-    "L": (1024, 24, 16, 16),
+SIZES = {
+    "tiny": dict(hidden_size=96, depth=3, num_heads=4, n_cls_tokens=4),  # for a CPU
+    "S": dict(hidden_size=384, depth=12, num_heads=6),
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
 }
 
 
@@ -38,14 +38,6 @@ class DiTConfig:
     noise_classes: int = 64  # codes of each style coordinate
     noise_coords: int = 32  # style coordinates
     cond_dim: int = 0  # 0: hidden_size
-
-    @classmethod
-    def named(cls, name, **kwargs):
-        """The configuration of a size in SIZES; kwargs: input_size, in_channels and the like."""
-        if name not in SIZES:
-            raise ValueError(f"no generator {name}: there are {', '.join(SIZES)}")
-        width, depth, heads, tokens = SIZES[name]
-        return cls(hidden_size=width, depth=depth, num_heads=heads, n_cls_tokens=tokens, **kwargs)
 
 
 def sinusoid(alpha, dim=256):
@@ -76,28 +68,20 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
-class RMSNorm(nn.RMSNorm):
-    """In the type of x: autocast would make it float32, for which attention has no fast kernel."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = RMSNorm(width // heads, eps=1e-6)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, cos, sin):
         q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         cos, sin = cos.to(v.dtype), sin.to(v.dtype)
-        q = rotate(self.q_norm(q), cos, sin)
-        k = rotate(self.k_norm(k), cos, sin)
+        q = rotate(self.q_norm(q).to(v.dtype), cos, sin)  # autocast makes norms float32,
+        k = rotate(self.k_norm(k).to(v.dtype), cos, sin)  # which has no fast attention
         x = F.scaled_dot_product_attention(q, k, v)  # [B, h, T, d]
         return self.proj(rearrange(x, "b h t d -> b t (h d)"))
 
@@ -117,9 +101,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, width, heads, cond_dim):
         super().__init__()
-        self.norm1 = RMSNorm(width, eps=1e-6)
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = RMSNorm(width, eps=1e-6)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width)
         self.adaln = nn.Linear(cond_dim, 6 * width)
 
@@ -130,7 +114,30 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class DiT(nn.Module):
+class Generator(nn.Module):
+    """What train.py and sample.py need of a generator, besides forward() and its config."""
+
+    def draw(self, n, generator):
+        """noise and style of forward() for n images, from a torch.Generator, on its device."""
+        c = self.config
+        how = dict(generator=generator, device=generator.device)
+        noise = torch.randn(n, c.in_channels, c.input_size, c.input_size, **how)
+        return noise, torch.randint(c.noise_classes, (n, c.noise_coords), **how)
+
+    @torch.no_grad()
+    def generate(self, label, alpha, generator):
+        """Images, not clamped, of classes label [B], at guidance alpha, a number or [B]."""
+        draws = [self.draw(1, generator) for _ in label]  # image i is the same in any batch
+        noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
+        alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
+        return self(noise, style, label, alpha.expand(len(label)))
+
+    def matrices(self):
+        """The parameters that Muon may train."""
+        return []
+
+
+class DiT(Generator):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -142,13 +149,13 @@ class DiT(nn.Module):
         self.label_embed = nn.Embedding(c.num_classes, cond)
         self.style_embed = nn.Embedding(c.noise_coords * c.noise_classes, cond)
         self.alpha_embed = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
-        self.alpha_norm = RMSNorm(cond, eps=1e-6)
+        self.alpha_norm = nn.RMSNorm(cond, eps=1e-6)
         self.patch_embed = nn.Linear(patch_dim, width)
         self.pos_embed = nn.Parameter(sincos_2d(width, c.input_size // c.patch_size))  # [1, HW, D]
         self.cls_proj = nn.Linear(cond, width)
         self.cls_embed = nn.Parameter(torch.empty(1, c.n_cls_tokens, width))
         self.blocks = nn.ModuleList(Block(width, c.num_heads, cond) for _ in range(c.depth))
-        self.final_norm = RMSNorm(width, eps=1e-6)
+        self.final_norm = nn.RMSNorm(width, eps=1e-6)
         self.final_adaln = nn.Linear(cond, 2 * width)
         self.final_proj = nn.Linear(width, patch_dim)
         tokens = c.n_cls_tokens + self.pos_embed.shape[1]  # class tokens first
@@ -196,20 +203,19 @@ class DiT(nn.Module):
         x = x[:, c.n_cls_tokens :]  # [B, HW, ppC]
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=c.input_size // p)
 
-    def draw(self, n, generator):
-        """noise and style of forward() for n images, from a torch.Generator, on its device."""
-        c = self.config
-        how = dict(generator=generator, device=generator.device)
-        noise = torch.randn(n, c.in_channels, c.input_size, c.input_size, **how)
-        return noise, torch.randint(c.noise_classes, (n, c.noise_coords), **how)
+    def matrices(self):
+        named = self.blocks.named_parameters()
+        return [p for name, p in named if p.ndim == 2 and "adaln" not in name]
 
-    @torch.no_grad()
-    def generate(self, label, alpha, generator):
-        """Images, not clamped, of classes label [B], at guidance alpha, a number or [B]."""
-        draws = [self.draw(1, generator) for _ in label]  # image i is the same in any batch
-        noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
-        alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
-        return self(noise, style, label, alpha.expand(len(label)))
+    def compile(self, **how):
+        """By torch.compile, block by block: as they are alike, they are compiled once."""
+        for block in self.blocks:
+            block.compile(**how)
+
+
+def build(config):
+    """The generator of a checkpoint's config, a dictionary: here another network may be named."""
+    return DiT(DiTConfig(**config))
 
 
 def load_net(path, build, weights):
@@ -227,4 +233,4 @@ def load_net(path, build, weights):
 
 def load(path):
     """The generator of a checkpoint, with its averaged weights, and the checkpoint."""
-    return load_net(path, lambda config: DiT(DiTConfig(**config)), "ema")
+    return load_net(path, build, "ema")

@@ -81,7 +81,7 @@ def save_films(films, path, size=300):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Trains an MLP by drifting on two 2-D data sets.")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in dict(steps=1500, iters=1, floor=0.0, out="drift.gif").items():
         p.add_argument(f"--{name}", type=type(default), default=default)
     args = p.parse_args(argv)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_generator
-from model import DiT, DiTConfig
+from model import SIZES, DiT, DiTConfig
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from model import DiT, DiTConfig
 def test_sizes(name, hidden, blocks, millions):
     """For latents of ImageNet; those of B and L have the paper's parameters. hidden: of SwiGLU."""
     with torch.device("meta"):
-        net = DiT(DiTConfig.named(name, in_channels=4, num_classes=1000))
+        net = DiT(DiTConfig(**SIZES[name], in_channels=4, num_classes=1000))
     assert len(net.blocks) == blocks
     assert net.blocks[0].mlp.w2.in_features == hidden
     assert net.pos_embed.shape[1] == 256 and net.rope_cos.shape == (256 + 16, 64)

@@ -7,7 +7,7 @@ from PIL import Image
 import data
 import sample
 from conftest import needs, refusal, save_generator, tiny_generator
-from model import DiT, DiTConfig
+from model import SIZES, DiT, DiTConfig
 
 
 def draw(ckpt, out, *options):
@@ -57,7 +57,7 @@ def test_latents_are_kept_or_decoded(tmp_path):
     needs("diffusers")
     from diffusers import AutoencoderKL
 
-    net = DiT(DiTConfig.named("tiny", input_size=8, in_channels=4, patch_size=4))
+    net = DiT(DiTConfig(**SIZES["tiny"], input_size=8, in_channels=4, patch_size=4))
     torch.nn.init.normal_(net.final_proj.weight, std=0.1)
     ckpt, vae = save_generator(net, tmp_path / "a.pt", ["all"]), AutoencoderKL()
     refuses("--vae", ckpt, tmp_path / "a.png")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 
 import model
-from conftest import needs
+from conftest import needs, tiny_generator
 from tools import bench, judge
 
 SMALL = ["--size", "8", "--patch", "4", "--labels", "2", "--n_gen", "4", "--n_pos", "3"]
@@ -53,7 +53,7 @@ def test_hub_gives_back_what_it_was_given(tmp_path):
     needs("safetensors")
     from tools import hub
 
-    net = model.DiT(model.DiTConfig.named("tiny", input_size=8, in_channels=1, patch_size=4))
+    net = tiny_generator()
     config, classes = asdict(net.config), [f"class {i}" for i in range(10)]
     ema = {name: torch.randn_like(value) for name, value in net.state_dict().items()}
     old = dict(model=net.state_dict(), ema=ema, config=config, classes=classes, step=7, args={})

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import config
+import drift
 import features
+import mae
 import train
 from conftest import HERE, refusal, save_generator, start, tiny_generator, write_folder
 
@@ -33,16 +36,58 @@ def run(*args):
 
 
 def test_what_is_typed_overrides_the_preset():
-    args, typed, _ = train.parse(["--dataset", "cifar10", "--patch", "4", "--no-flip"])
-    assert (args.model, args.patch, args.flip, args.labels) == ("S", 4, False, 5)
+    args, typed, _ = config.parse(["--dataset", "cifar10", "--patch", "4", "--no-flip"])
+    assert (args.model, args.patch, args.flip, args.labels) == ("tiny", 4, False, 10)
     assert set(typed) == {"dataset", "patch", "flip"}
-    assert train.parse(["--dataset", "folder:some/where"])[0].size == 64
+    assert config.parse(["--dataset", "folder:some/where"])[0].size == 64
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "folder:some/where", "npz:some.npz"])
+def test_photographs_have_a_preset_for_each_machine(dataset):
+    cpu, gpu = (config.parse(["--dataset", dataset, "--device", d])[0] for d in ("cpu", "cuda:1"))
+    assert (cpu.model, cpu.labels, cpu.n_gen, cpu.n_pos) == ("tiny", 10, 32, 64)
+    assert (gpu.model, gpu.labels, gpu.n_gen, gpu.n_pos) == ("S", 5, 128, 256)
+    assert cpu.muon == gpu.muon == 0.02 and cpu.encoder == gpu.encoder == ["auto"]
+    for size, patch in ((32, 2), (64, 4), (28, 2), (100, 10), (8, 1)):
+        assert config.adapt(gpu, {}, (3, size, size), 10, 1).patch == patch
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_space_of_the_drift_by_default(monkeypatch, installed):
+    monkeypatch.setattr(config, "find_spec", lambda name: installed or None)
+    args, _, _ = config.parse(["--dataset", "npz:some.npz"])
+    network = "timm:mobilenetv2_100@96" if installed else "mae"
+    assert config.adapt(args, {}, (3, 96, 96), 9, 1).encoder == [
+        "pixels",
+        "pool:2",
+        "pool:4",
+        network,
+    ]
+    assert config.adapt(args, {}, (1, 30, 30), 9, 1).encoder == ["pixels", "pool:2", "mae"]
+    assert args.encoder == ["auto"]  # adapt() changes a copy
+
+
+def test_a_device_stays_what_was_typed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert train.setup("cuda:1")[2] == torch.device("cuda:1")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda **how: None)
+    for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=3).items():
+        monkeypatch.setenv(name, str(value))
+    assert train.setup("cuda") == (3, 4, torch.device("cuda:3"))
+
+
+def test_a_rank_keeps_its_own_part_only(monkeypatch):
+    noise = torch.randn(8, 5)
+    assert train.share(noise) is noise
+    for name, value in dict(is_initialized=True, get_world_size=4, get_rank=1).items():
+        monkeypatch.setattr(train.dist, name, lambda value=value: value)
+    part = train.share(noise)
+    assert torch.equal(part, noise[2:4]) and part.untyped_storage().nbytes() == 2 * 5 * 4
 
 
 def test_alpha_has_the_stated_density():
-    for k in (0, 3):
-        args, *_ = train.parse(["--alpha_k", str(k), "--alpha_one", "0.25"])
-        alpha = train.draw_alpha(40000, args, torch.Generator().manual_seed(0))
+    for k in (0, 1, 3):
+        alpha = drift.draw_alpha(40000, 4.0, k, 0.25, torch.Generator().manual_seed(0))
         assert (alpha == 1).float().mean().item() == pytest.approx(0.25, abs=0.01)
         above = alpha[alpha != 1].double()
         grid = torch.linspace(1, 4, 100001, dtype=torch.float64)
@@ -63,15 +108,10 @@ def test_the_encoder_never_gets_an_empty_batch(monkeypatch):
 
 
 def test_rates():
-    args, *_ = train.parse(["--steps", "100", "--warmup", "10", "--decay", "0.5"])
+    args, *_ = config.parse(["--steps", "100", "--warmup", "10", "--decay", "0.5"])
     rates = [train.rate(step, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1] * 42
     assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
-
-
-def test_no_class_comes_twice_before_each_came_once():
-    label = train.draw_labels(25, 10, torch.Generator())
-    assert label[:10].unique().numel() == label[10:20].unique().numel() == 10 and len(label) == 25
 
 
 def test_typed_settings_are_used_at_resume():
@@ -98,10 +138,10 @@ def test_resume_of_an_older_versions_file_on_another_device_and_of_moved_data():
     del state["args"]["ema"]
     state["args"] |= dict(of_another_version=1, device="elsewhere")
     torch.save(state, "out.pt")
-    assert train.parse(["--resume", "out.pt"])[0].device == train.Settings.device
+    assert config.parse(["--resume", "out.pt"])[0].device == config.Settings.device
     os.rename("a", "b")
     state, lines = run("--resume", "out.pt", "--stop_after", 2, "--dataset", "folder:b/pets")
-    assert state["step"] == 2 and state["args"]["ema"] == train.Settings.ema
+    assert state["step"] == 2 and state["args"]["ema"] == config.Settings.ema
     assert [line["step"] for line in lines if "drift_0.2" in line] == [1, 2]
 
 
@@ -113,43 +153,101 @@ def test_resume_auto_starts_or_goes_on_and_a_new_run_replaces_the_old(capsys):
     assert "of an earlier run" in capsys.readouterr().out and lines[-1]["step"] == 1
 
 
-def test_one_class_is_no_label_and_few_images_lower_the_default(tmp_path, capsys):
+def test_one_class_is_no_label(tmp_path):
     write_folder(tmp_path / "pets", 3)
-    common = ["--steps", 1, "--encoder", "pixels", "--size", 8, "--patch", 4]
-    for data in (["folder:pets/cats"], ["folder:pets", "--unconditional"]):
-        state, _ = run(*QUICK, "--dataset", *data, *common)
+    plan = ["--steps", 1, "--encoder", "pixels", "--size", 8, "--patch", 4, "--n_pos", 5]
+    for data, name in ((["folder:pets/cats"], "cats"), (["folder:pets", "--unconditional"], "all")):
+        state, _ = run(*QUICK, "--dataset", *data, *plan)
         args = state["args"]
         assert (args["labels"], args["n_unc"], args["alpha_max"]) == (1, 0, 1.0)
-        assert state["classes"] == ["all"] and args["n_gen"] == 4
-    few = "class cats has 3 images"
-    assert run(*QUICK, "--dataset", "folder:pets", *common)[0]["args"]["n_pos"] == 3
-    assert few in capsys.readouterr().out
-    assert few in refusal(train.main, *QUICK, "--dataset", "folder:pets", *common, "--n_pos", 4)
+        assert state["classes"] == [name] and (args["n_gen"], args["n_pos"]) == (4, 5)
+    args, typed, _ = config.parse(["--n_gen", "16"])
+    args = config.adapt(args, typed, (1, 8, 8), 1, 2)
+    assert (args.labels, args.n_gen, args.n_pos) == (2, 16, 1280)
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(monkeypatch):
-    monkeypatch.setattr(train, "clip_grad_norm_", lambda params, most: torch.tensor(float("nan")))
+@pytest.mark.parametrize("rates", [["--lr", 1e30], ["--lr", 1e4, "--muon", 50]])
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(rates):
     state, _ = run(*QUICK, "--steps", 2)
-    first, _ = run(*QUICK, "--steps", 1)
-    assert all(torch.equal(state["model"][k], v) for k, v in first["model"].items())
+    line = refusal(train.main, "--resume", "out.pt", "--steps", 60, "--decay", 0, *rates)
+    assert "weights are not finite" in line
+    kept = torch.load("out.pt", weights_only=True)
+    assert all(torch.equal(kept["model"][k], v) for k, v in state["model"].items())
 
 
-def test_fine_tuning_takes_weights_and_gets_a_class_table():
+def test_the_average_of_the_weights_forgets_the_first_ones():
+    state, _ = run(*QUICK, "--steps", 8, "--ema", 0.999)
+    first = train.build_net(config.Settings(), {}, (1, 8, 8), range(10), None).state_dict()
+    for name in ("final_proj.weight", "blocks.2.mlp.w2.weight"):
+        way, averaged = state["model"][name] - first[name], state["ema"][name] - first[name]
+        assert averaged.norm() > 0.5 * way.norm()  # by 0.999 alone: 0.004
+
+
+def test_scores_of_samples_and_of_real_images_are_of_equal_numbers(monkeypatch):
+    sizes = []
+    scores = train.fid.scores
+    monkeypatch.setattr(
+        train.fid, "scores", lambda a, b, c, d: sizes.append((a, len(c))) or scores(a, b, c, d)
+    )
+    monkeypatch.setattr(train, "N_EVAL", 1000)
+    run(*QUICK, "--steps", 1)
+    (real, rest), (samples, others) = sizes
+    assert len(real) == len(samples) == 898 and rest == others == 899
+
+
+def test_signal_handlers_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with train.stop_signals() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_the_size_of_a_step_and_the_end_are_said(capsys):
+    run(*QUICK, "--steps", 11, "--n_pos", 100)
+    out = capsys.readouterr().out
+    assert "M parameters; a step: 40 samples, 1,080 real images" in out
+    assert "about 1 min to step 11" in out
+
+
+def test_the_checkpoint_names_the_encoder_that_was_trained(monkeypatch):
+    def write(sampler, classes, path, **how):
+        net = mae.MAE(1, 8, 8, 1, (1, 1, 1, 1))
+        torch.save(dict(config=net.config, model=net.state_dict()), path)
+
+    monkeypatch.setattr(mae, "train", write)
+    state, _ = run(*QUICK, "--encoder", "pixels", "mae", "--data_dir", ".", "--steps", 1)
+    [file] = Path().glob("mae-*.pt")
+    assert state["args"]["encoder"] == ["pixels", str(file)]
+    file.rename("kept.pt")  # on another device, of other data: it is not trained anew
+    assert f"no checkpoint {file}" in refusal(train.main, "--resume", "out.pt", "--steps", 2)
+
+
+def test_fine_tuning_keeps_the_classes_that_it_knows():
     net = tiny_generator()
     save_generator(net, "given.pt", [str(i) for i in range(10)])
-    np.savez("two.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), labels=np.arange(20) % 2)
+    np.savez("two.npz", arr_0=np.zeros((20, 8, 8, 1), np.uint8), labels=np.arange(20) % 2 * 9 + 7)
     plan = [*QUICK, "--dataset", "npz:two.npz", "--encoder", "pixels", "--init", "given.pt"]
     state, _ = run(*plan, "--steps", 1, "--lr", 0)
     assert torch.equal(state["model"]["blocks.0.attn.qkv.weight"], net.blocks[0].attn.qkv.weight)
-    mean = net.label_embed.weight.mean(0)
-    torch.testing.assert_close(state["model"]["label_embed.weight"], mean.repeat(2, 1))
+    table = net.label_embed.weight
+    expected = torch.stack([table.mean(0), table[7]])  # of classes 16 and 7, in the order of names
+    torch.testing.assert_close(state["model"]["label_embed.weight"], expected.flip(0))
     assert "mismatch for pos_embed" in refusal(train.main, *plan, "--size", 16)
 
 
-def test_without_a_compiler_there_is_one_line(monkeypatch):
+def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
     error = RuntimeError("no C++ compiler\nand many more lines")
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=error))
-    assert "--no-compile" in refusal(train.main, *QUICK, "--compile", "--steps", 1)
+    run(*QUICK, "--compile", "--steps", 1)
+    assert "not compiled, so that a step takes longer: 'no C++ compiler" in capsys.readouterr().out
+
+
+def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(train, "build_net", mock.Mock(side_effect=RuntimeError("of a fork")))
+    with pytest.raises(RuntimeError, match="of a fork"):
+        run(*QUICK, "--steps", 1)
 
 
 def test_torchrun_stops_with_a_checkpoint_of_both_ranks(tmp_path):
@@ -164,10 +262,9 @@ def test_torchrun_stops_with_a_checkpoint_of_both_ranks(tmp_path):
     assert torch.load("out.pt", weights_only=True)["step"] >= 3
 
 
-def test_labels_follow_the_ranks(monkeypatch):
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
-    args, *_ = train.prepare(["--device", "cpu"], 0, 4)
-    assert args.labels == 12
+def test_labels_follow_the_ranks():
+    args, typed, _ = config.parse([])
+    assert config.adapt(args, typed, (1, 8, 8), 10, 4).labels == 12
+    args, typed, _ = config.parse(["--labels", "10"])
     with pytest.raises(ValueError, match="no multiple of 4 ranks"):
-        train.prepare(["--device", "cpu", "--labels", "10"], 0, 4)
+        config.adapt(args, typed, (1, 8, 8), 10, 4)

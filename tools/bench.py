@@ -94,7 +94,7 @@ def main(argv=None):
     p.add_argument("--compile", action="store_true", help="the generator and the drift")
     args = p.parse_args(argv)
     torch.set_flush_denormal(True)  # as train.py does
-    config = DiTConfig.named(args.model, input_size=args.size, patch_size=args.patch)
+    config = DiTConfig(**SIZES[args.model], input_size=args.size, patch_size=args.patch)
     model = DiT(config).to(DEVICE)
     if args.compile:
         model.compile(dynamic=False)
