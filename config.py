@@ -29,7 +29,7 @@ class Settings:
     model: str = "tiny"  # size of the generator: tiny S B L
     patch: int = 4  # patch size of the generator, in pixels; 0: size / 16
 
-    labels: int = 10  # in a step, a multiple of the ranks
+    labels: int = 10  # labels in a step, a multiple of the ranks
     n_gen: int = 32  # samples per label
     n_pos: int = 32  # real images per label
     n_unc: int = 8  # real images of any class per label, for guidance
@@ -39,7 +39,7 @@ class Settings:
     iters: int = 2  # how often the softmaxes are averaged; Algorithm 2: 1
     floor: float = 0.0  # least product of the softmaxes; official: 1e-6
     alpha_max: float = 4.0  # guidance alpha is drawn from 1 to this
-    alpha_k: float = 3.0  # density of alpha: alpha^-k, k not 1
+    alpha_k: float = 3.0  # density of alpha: alpha^-k
     alpha_one: float = 0.5  # share of labels without guidance
 
     steps: int = 600  # in all, resumed ones included
@@ -62,6 +62,7 @@ class Settings:
 
 LEAST = dict(labels=1, n_gen=2, n_pos=1, iters=1, alpha_max=1, steps=1)  # of other numbers: 0
 LEAST |= dict(log_every=1, eval_every=1, taus=1e-6)
+MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # of other numbers: infinity
 
 DIGITS = dict(n_pos=128, muon=0.02, alpha_one=0.85, log_every=50, eval_every=300)
 MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=128, n_unc=32)
@@ -115,9 +116,11 @@ def parse(argv=None, description=""):
     if args.model not in SIZES:
         raise ValueError(f"no generator {args.model}: there are {', '.join(SIZES)}")
     for name, value in vars(args).items():
-        number, least = min(value) if name == "taus" else value, LEAST.get(name, 0)
-        if isinstance(number, int | float) and not least <= number < float("inf"):
-            raise ValueError(f"--{name} {value} must be at least {least}")
+        number, least, most = value, LEAST.get(name, 0), MOST.get(name, float("inf"))
+        if name == "taus":
+            number = min(value)
+        if isinstance(number, int | float) and not least <= number <= most:
+            raise ValueError(f"--{name} {value} must be {least} to {most}")
     return args, typed, source
 
 
@@ -131,7 +134,7 @@ def adapt(args, typed, shape, classes, world):
         args.labels, args.n_unc = world, 0
     if args.labels % world and "labels" in typed:
         raise ValueError(f"--labels {args.labels} is no multiple of {world} ranks")
-    args.labels += -args.labels % world
+    args.labels += -args.labels % world  # rounded up
     if not args.n_unc:
         args.alpha_max = 1.0  # no unconditional images, no guidance
     if not args.patch:
@@ -140,5 +143,5 @@ def adapt(args, typed, shape, classes, world):
         photos = shape[0] == 3 and find_spec("timm")
         pools = [f"pool:{k}" for k in (2, 4) if size % k == 0]
         network = f"timm:mobilenetv2_100@{max(64, size)}" if photos else "mae"
-        args.encoder = ["pixels", *pools, network]
+        args.encoder = ["pixels", *pools, network, *(n for n in args.encoder if n != "auto")]
     return args

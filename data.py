@@ -6,18 +6,23 @@ Data sets as arrays, the real images of a step, and image files.
     fashion       60,000 garments of 28x28, downloaded to DIR/FashionMNIST/raw
     cifar10       50,000 photographs of 32x32, downloaded to DIR/cifar-10-batches-py
     folder:PATH   one sub-folder per class, of any images that pillow opens; or images alone
-    npz:FILE      arr_0, uint8 [N, H, W, C] or float [N, C, H, W], and integer labels [N], if any
+    npz:FILE      arr_0, uint8 [N, H, W, C] or float [N, C, H, W] from -1 to 1, and labels or arr_1,
+                  integers [N], if any; or a .npy of images
     latents:DIR   written by imagenet/encode.py
 """
 
 import gzip
 import hashlib
+import math
+import os
 import pickle
 import shutil
+import sys
+import tempfile
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +30,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 
-SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+NOT_READ = ["BUFR", "GRIB", "HDF5", "WMF", "MPEG", "EPS"]  # pillow knows little but their names
+KINDS = Image.registered_extensions().items()
+SUFFIXES = {end for end, kind in KINDS if kind in Image.OPEN and kind not in NOT_READ}
+if hasattr(sys.stdout, "reconfigure"):  # names of classes that a terminal cannot show
+    sys.stdout.reconfigure(errors="replace")
 # Some tools store texts in an image that are longer than pillow allows.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
@@ -41,6 +50,8 @@ def load(name, data_dir="data", size=None, split="train"):
     size None: the set's own, 64 of a folder. split: train, or test of mnist, fashion and cifar10.
     """
     data_dir, path, names = Path(data_dir), Path(name.partition(":")[2]), []
+    if name.endswith(":"):
+        raise ValueError(f"{name} names no path")
     if name == "digits":
         file = np.load(Path(__file__).with_name("assets") / "digits.npz")
         images = np.round(file["images"][:, None] * (255 / 16)).astype(np.uint8)
@@ -58,7 +69,7 @@ def load(name, data_dir="data", size=None, split="train"):
         images, labels = load_npz(path)
     elif name.startswith("latents:"):
         with one_line(f"cannot read {path}"):
-            images = np.load(path / "latents.npy", mmap_mode="c")
+            images = np.load(path / "latents.npy", mmap_mode="r")
             labels = np.load(path / "labels.npy")
             if (path / "classes.txt").exists():
                 names = (path / "classes.txt").read_text().splitlines()
@@ -66,14 +77,33 @@ def load(name, data_dir="data", size=None, split="train"):
         raise ValueError(f"no data set {name}: digits mnist fashion cifar10 folder: npz: latents:")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
         raise ValueError(f"{name}: {labels.dtype} labels {labels.shape}, not {len(images)} ints")
+    if images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"{name}: images {images.shape} are not square")
+    if images.dtype.kind == "f":
+        every = 1 + images.nbytes // 2**30  # of larger sets, a gigabyte is checked
+        peaks = np.array([np.abs(image).max() for image in images[::every]])
+        if not (peaks <= 100).all():
+            first = every * (peaks <= 100).argmin()
+            raise ValueError(f"{name}: image {first} has NaN or values above 100")
+        if images[:1000].min() >= 0:
+            print(f"{name}: no value is below 0. Is it 0 to 1? Black is -1 here, white is 1")
     numbers, labels = np.unique(labels, return_inverse=True)  # they may begin anywhere
     names = [names[n] if 0 <= n < len(names) else str(n) for n in numbers]
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor need it be
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     if size and size != images.shape[-1]:
         if images.is_floating_point():
             raise ValueError(f"{name} has floats, which are not resized to {size}")
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return images, labels, names
+
+
+def check_writable(path):
+    """Raises now, not after hours, if a checkpoint cannot be written here. ValueError, OSError."""
+    if path.suffix != ".pt":
+        raise ValueError(f"--out {path} must end in .pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager
@@ -88,10 +118,8 @@ def download(url, path):
     print(f"downloading {url}", flush=True)
     with one_line(f"cannot download {url}", f"put it at {path} by hand"):
         content = urllib.request.urlopen(url, timeout=60).read()
-        if (
-            content[:2] != b"\x1f\x8b"
-        ):  # a login page, perhaps; a part of a file is refused by read()
-            raise ValueError("what came is no .gz file")
+        if content[:2] != b"\x1f\x8b":
+            raise ValueError("a login page came, or another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -125,15 +153,22 @@ def load_cifar10(data_dir, split):
 
 
 def load_npz(path):
-    with one_line(f"cannot read {path}"), np.load(path, allow_pickle=False) as file:
-        images = file["arr_0"]
-        labels = file["labels"] if "labels" in file else np.zeros(len(images), int)
-    found = f"{path}: arr_0 is {images.dtype} {images.shape}"
+    with one_line(f"cannot read {path}"):
+        file = np.load(path)
+        arrays = {"arr_0": file} if isinstance(file, np.ndarray) else dict(file)
+    if "arr_0" not in arrays:
+        raise ValueError(f"{path} has {', '.join(arrays)}: call the images arr_0, labels labels")
+    images, second = arrays.pop("arr_0"), arrays.get("arr_1", np.array(0.0))
+    if "labels" not in arrays and second.dtype.kind in "iu" and second.shape == images.shape[:1]:
+        arrays["labels"] = arrays.pop("arr_1")  # as np.savez(file, images, labels) names them
+    labels = arrays.pop("labels", np.zeros(images.shape[:1], int))
+    if arrays:
+        print(f"{path}: not read: {', '.join(arrays)}")
     pictures = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    floats = images.dtype.kind == "f" and images.ndim == 4 and np.abs(images).max() <= 100  # no NaN
+    if not pictures and (images.dtype.kind != "f" or images.ndim != 4):
+        what = f"{path}: arr_0 is {images.dtype} {images.shape}"
+        raise ValueError(f"{what}, not uint8 [N, H, W, 1 or 3] or float [N, C, H, W]")
     images = images.transpose(0, 3, 1, 2) if pictures else images
-    if not (pictures or floats) or images.shape[2] != images.shape[3]:
-        raise ValueError(f"{found}, not square uint8 [N, H, W, 1 or 3] or float [N, C, H, W] < 100")
     return np.ascontiguousarray(images, np.uint8 if pictures else np.float32), labels
 
 
@@ -145,41 +180,60 @@ def load_folder(root, data_dir, size):
     if not cache.exists():
         print(f"reading {len(files):,} images of {root} into {cache}", flush=True)
         data_dir.mkdir(parents=True, exist_ok=True)
-        part, listed = cache.with_suffix(".tmp"), cache.with_suffix(".bad.txt")
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, shape=(len(files), 3, size, size))
+        part = cache.with_suffix(f".{os.getpid()}.tmp")  # another run may read the same folder
+        try:
+            write_images(files, size, part)
+            part.replace(cache)
+        finally:
+            part.unlink(missing_ok=True)
+    return np.load(cache, mmap_mode="r"), labels, names
 
-        def read(i):
-            try:
-                image = ImageOps.fit(read_image(files[i], 2 * size), (size, size), Image.LANCZOS)
-                images[i] = np.asarray(image).transpose(2, 0, 1)
-            except Exception as error:  # decoders of damaged files raise anything
-                return f"{files[i]} ({error})"
 
-        with ThreadPoolExecutor(4) as pool:  # pillow decodes outside of Python's lock
-            bad = [line for line in pool.map(read, range(len(files))) if line]
-        if bad:
-            part.unlink()
-            listed.write_text("\n".join(bad))
-            raise ValueError(f"{len(bad)} files do not open as images, see {listed}: {bad[:3]}")
-        part.replace(cache)
-    return np.load(cache, mmap_mode="c"), labels, names
+def write_images(files, size, path):
+    """Image files, cut to squares, as a .npy of uint8 [N, 3, size, size]. ValueError, OSError."""
+    shape = (len(files), 3, size, size)
+    if math.prod(shape) > shutil.disk_usage(path.parent).free:
+        raise ValueError(f"{path.parent} has no space for {math.prod(shape):,} bytes")
+
+    def read(file):
+        try:
+            image = ImageOps.fit(read_image(file, 2 * size), (size, size), Image.LANCZOS)
+            return np.asarray(image).transpose(2, 0, 1).tobytes()
+        except Exception as error:  # decoders of damaged files raise anything
+            return f"{file} ({error})"
+
+    bad = []
+    with path.open("wb") as out, ThreadPoolExecutor(4) as pool:  # pillow releases Python's lock
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(out, header)
+        for image in pool.map(read, files):
+            bad.append(image) if isinstance(image, str) else out.write(image)
+    if bad:
+        listed = path.with_suffix(".bad.txt")
+        listed.write_text("\n".join(bad))
+        raise ValueError(f"{len(bad)} files do not open as images, see {listed}: {bad[:3]}")
 
 
 def folder_files(root):
-    """Images below a folder, through links, without hidden ones -> paths, labels, class names."""
-    found = [root / name for name in sorted(glob("**/*", root_dir=root, recursive=True))]
-    images = [f for f in found if f.suffix.lower() in SUFFIXES and f.is_file()]
+    """Images below a folder, through links -> paths, labels, class names. Raises ValueError."""
+
+    def hidden(path):  # as thumbnails of network drives are
+        return any(part.startswith(("@", ".", "__")) for part in path.relative_to(root).parts)
+
+    walk = os.walk(root, followlinks=True)
+    found = sorted(Path(folder, file) for folder, _, files in walk for file in files)
+    images = [f for f in found if f.suffix.lower() in SUFFIXES and f.is_file() and not hidden(f)]
     files = [f for f in images if f.parent != root] or images
     if not files:
         raise ValueError(f"there is no folder {root} with images")
-    left_out = [f for f in set(found).difference(files) if not f.is_dir()]
+    left_out = sorted(set(found).difference(files))
     if left_out:
-        print(f"{root}: {len(left_out)} files are left out, such as {min(left_out)}", flush=True)
+        print(f"{root}: {len(left_out)} files are left out, such as {left_out[0]}", flush=True)
     folders = [f.relative_to(root).parts[0] if f.parent != root else root.name for f in files]
     names, labels = np.unique(folders, return_inverse=True)
-    empty = [f for f in found if f.parent == root and f.name not in names and f.is_dir()]
+    empty = [f for f in root.iterdir() if f.is_dir() and f.name not in names and not hidden(f)]
     if empty and files[0].parent != root:
-        raise ValueError(f"{empty[0]} has no images")
+        raise ValueError(f"{empty[0]} has no images, or may not be read")
     return files, labels, names.tolist()
 
 
@@ -213,8 +267,15 @@ class Sampler:
         count = labels.bincount()  # [classes]
         self.classes, self.most = len(count), int(count.max())
         self.count = count.to(device)
-        self.order = labels.argsort(stable=True).to(device)  # of class 0, of class 1, ...
-        self.start = self.count.cumsum(0) - self.count  # where a class begins
+        self.order = labels.argsort(stable=True).to(device)  # the images, sorted by class
+        self.start = self.count.cumsum(0) - self.count  # where a class begins in it
+
+    def some(self, most):
+        """Real images as they are, at most so many and a gigabyte, and their labels."""
+        most = min(most, 2**28 // self.images[0, 0].numel())
+        some = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:most]
+        some = some.to(self.device)
+        return self.fetch(some, torch.zeros_like(some)), self.labels[some]
 
     def draw_labels(self, n, generator):
         """Labels [n]: shuffled passes over all classes."""
@@ -223,25 +284,25 @@ class Sampler:
         return lot.argsort(1).flatten()[:n]
 
     def draw(self, labels, n_pos, n_unc, generator):
-        """Images to fetch() for labels [L]: index, chance [L, P + U]. The first P are of the label,
+        """What to fetch() for labels [L]: index and view [L, P + U]. The first P are of the label,
         each once; a class of fewer images gives them again and again. The others are of any class.
         """
         L, rand = len(labels), dict(generator=generator, device=self.device)
         lot = torch.rand(L, self.most, **rand)
         count = self.count[labels, None]  # [L, 1]
         missing = torch.arange(self.most, device=self.device) >= count
-        place = lot.masked_fill(missing, -1).topk(min(n_pos, self.most)).indices
-        place = place.gather(1, torch.arange(n_pos, device=self.device) % count)  # [L, P]
-        pos = self.order[self.start[labels, None] + place]
+        some = lot.masked_fill(missing, -1).topk(min(n_pos, self.most)).indices  # without repeats
+        some = some.gather(1, torch.arange(n_pos, device=self.device) % count)  # [L, P]
+        pos = self.order[self.start[labels, None] + some]
         index = torch.cat([pos, torch.randint(len(self.images), (L, n_unc), **rand)], dim=1)
         return index, torch.rand(index.shape, **rand)
 
-    def fetch(self, index, chance):
-        """Images in [-1, 1], [..., C, H, W], by index [...]; chance [...], uniform in [0, 1), says
-        which view, or whether mirrored; 0: as it is."""
-        view, place = (chance * self.images.shape[1]).long(), self.images.device
-        images = to_float(self.images[index.to(place), view.to(place)].to(self.device))
-        mirrored = (chance >= 0.5)[..., None, None, None]
+    def fetch(self, index, view):
+        """Images in [-1, 1], [..., C, H, W], by index [...]; view [...], uniform in [0, 1), says
+        which of their views, or whether mirrored; 0: as they are."""
+        where, which = self.images.device, (view * self.images.shape[1]).long()
+        images = to_float(self.images[index.to(where), which.to(where)].to(self.device))
+        mirrored = (view >= 0.5)[..., None, None, None]
         return torch.where(mirrored, images.flip(-1), images) if self.flip else images
 
 
@@ -256,8 +317,9 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, columns):
-    """uint8 [n, C, H, W] as one PNG, row by row; small images enlarged to about 56 pixels."""
+def save_grid(images, path, classes=1):
+    """uint8 [n, C, H, W] as one PNG, a class a column; small ones enlarged to about 56 pixels."""
+    columns = min(len(images), 10 if classes == 1 else min(classes, 10))
     tiles = F.pad(images, (1, 1, 1, 1, 0, 0, 0, -len(images) % columns))
     grid = torch.cat([torch.cat([*row], dim=2) for row in tiles.split(columns)], dim=1)  # [C, H, W]
     image = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).cpu().numpy())

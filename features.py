@@ -11,9 +11,11 @@ Every name is a drift problem with its own scale, and their losses are added. --
     FILE.pt             a ResNet-MAE, the paper's own encoder, trained by mae.py
     dinov2, timm:NAME   a network of ALIASES, or any other one of timm
     NAME@SIZE=FILE      either, with an input size in pixels, a local file of weights, or both
+    MODULE:CLASS        a module of your own, whose features() gives maps as Timm's does
 """
 
 import re
+from importlib import import_module
 from itertools import pairwise
 
 import torch
@@ -31,17 +33,13 @@ ALIASES = {  # name: timm's name; the input size is 224 if no other is given
     "dinov3": "vit_small_patch16_dinov3.lvd1689m",
     "clip": "vit_base_patch16_clip_224.openai",
     "siglip": "vit_base_patch16_siglip_224.webli",
-    "convnextv2": "convnextv2_base.fcmae_ft_in22k_in1k",  # of the paper's pixel models
 }
 
 
 def multiscale(maps):
-    """Feature maps {f: [B, C, H, W]} -> {name: [B, l, C]} (A.5).
-
-    f: every location; f_mean, f_std: over all locations; f_mean_k, f_std_k: over patches of k x k,
-    k = 2 and 4, where k divides H and W. Features [B, l, C] stay as they are. The type is that of
-    the map, so that bf16 halves the memory; statistics are computed in float32.
-    """
+    """Feature maps {f: [B, C, H, W]} -> {name: [B, l, C]} (A.5): f at every location; f_mean, f_std
+    over all locations; f_mean_k, f_std_k over patches of k x k, k = 2 and 4, where k divides H and
+    W. Features [B, l, C] stay as they are. The type is that of the map; float32 statistics."""
     feats = {}
     for name, f in maps.items():
         if f.ndim == 3:
@@ -100,7 +98,8 @@ class Timm(nn.Module):
                 raise ValueError(f"{self.size} pixels are no multiple of {stride}")
         except Exception as error:  # of imports, the hub, files and names: no type in common
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"cannot load {name} ({reason}): needs timm and weights") from None
+            instead = "try --encoder pixels pool:2 pool:4 mae"
+            raise ValueError(f"cannot load {name} ({reason}): {instead}") from None
         self.is_efficientnet = isinstance(net, timm.models.EfficientNet)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
@@ -131,26 +130,6 @@ class Timm(nn.Module):
         return {f"stage{i}": f for i, f in enumerate(fewer, 1)}
 
 
-class ConvNeXtV2(Timm):
-    """The network of the authors' pixel models: images -> {name: [B, l, C]}, by their names."""
-
-    def features(self, images):
-        x = self.net.stem(self.resized(images))  # without ImageNet's mean and deviation
-        feats = {}
-        for i, stage in enumerate(self.net.stages):
-            x = stage(x)
-            var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
-            y = rearrange((x - mean) / (var.sqrt() + 1e-3), "b c h w -> b (h w) c")
-            if i > 0:
-                feats[f"convenxt_stage_{i}"] = y  # as the authors spell it
-            std = (y.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
-            feats[f"convenxt_stage_{i}_mean"] = y.mean(1, keepdim=True)
-            feats[f"convenxt_stage_{i}_std"] = std
-        # global_std is that of the last stage once more, as in the official code.
-        pooled = self.net.head.norm(x.mean((2, 3), keepdim=True))
-        return feats | {"global_mean": pooled.flatten(2).mT, "global_std": std}
-
-
 def build(name, channels, size):
     """The network of one name of --encoder, for images [B, channels, size, size]."""
     if name.endswith(".pt") and "=" not in name:
@@ -159,14 +138,16 @@ def build(name, channels, size):
         if theirs != ours:
             raise ValueError(f"{name} is for images of (channels, pixels) {theirs}, not {ours}")
         return net
+    module, _, kind = name.partition(":")
+    if module != "timm" and kind:
+        return getattr(import_module(module), kind)()
     model, at_size, file = re.fullmatch(r"(.*?)(?:@(\d+))?(?:=(.*))?", name).groups()
     if not model.startswith("timm:") and model not in ALIASES:
         raise ValueError(f"no encoder {name}: the top of features.py lists them")
     if channels not in (1, 3):
         raise ValueError(f"{name} is for images of 1 or 3 channels, not {channels}")
     input_size = int(at_size) if at_size else 224 if model in ALIASES else None
-    kind = ConvNeXtV2 if model == "convnextv2" else Timm
-    return kind(ALIASES.get(model, model.removeprefix("timm:")), input_size, file)
+    return Timm(ALIASES.get(model, model.removeprefix("timm:")), input_size, file)
 
 
 class Encoder(nn.Module):
@@ -189,8 +170,7 @@ class Encoder(nn.Module):
                 self.nets.append(build(name, channels, size))
         self.requires_grad_(False).eval().to(device)
         for net in self.nets:
-            # ConvNeXtV2 stays in float32, as officially, for the sake of its deviations.
-            if torch.device(device).type == "cuda" and not isinstance(net, ConvNeXtV2):
+            if torch.device(device).type == "cuda" and not getattr(net, "float32", False):
                 net = net.net if isinstance(net, Timm) else net
                 net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
 

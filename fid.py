@@ -66,7 +66,7 @@ def copies(images, real):
 
 def load_set(name, args, n=None, size=None):
     """Images uint8 [N, 3, H, W] of a checkpoint (--n), or n of a data set, folder or .npz."""
-    if name.endswith(".pt"):
+    if name.endswith((".pt", ".pth")):
         net = model.load(name)[0].eval().to(args.device)
         label = torch.arange(args.n, device=args.device) % net.config.num_classes
         g = torch.Generator().manual_seed(0)
@@ -94,10 +94,13 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     how = dict(feature_extractor=args.network, feature_extractor_weights_path=args.weights)
-    how |= dict(cuda=args.device.startswith("cuda"), save_cpu_ram=True, cache_root=args.data_dir)
+    how |= dict(cuda="cuda" in args.device, save_cpu_ram=True, cache_root=args.data_dir)
     try:
         from torch_fidelity import calculate_metrics
 
+        if args.n < 1:
+            raise ValueError(f"--n {args.n} must be 1 or more")
+        args.device = model.usable(args.device)
         a = load_set(args.sets[0], args, args.n)
         b = load_set(args.sets[1], args, size=a.shape[-1])
         how |= dict(input1=Subset(a, range(len(a))), input2=Subset(b, range(len(b))))

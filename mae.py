@@ -8,6 +8,7 @@ $ python mae.py --dataset cifar10 --flip --out mae_cifar10.pt
 """
 
 import argparse
+import os
 import sys
 import zlib
 from copy import deepcopy
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import data
-from model import load_net
+from model import load_net, usable
 
 
 def group_norm(channels, per_group):
@@ -130,6 +131,7 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
     images, their visible parts, and what the decoder made of these. In the last cls_steps, the
     classifier's cross-entropy grows to a tenth of the loss."""
     path, device = Path(path), sampler.device
+    data.check_writable(path)
     C, size = sampler.images.shape[-3:-1]
     torch.manual_seed(0)
     net = MAE(C, size, width, patch, layers, classes, group).to(device)
@@ -159,13 +161,15 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
         if step % 100 == 0 or step in (1, steps):
             print(f"{step:6d}  loss {loss.item():.4f}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(config=net.config, model=average.state_dict()), f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)  # a run that is killed leaves no half a file
+    if not loss.isfinite():
+        raise ValueError("the encoder's loss is not finite: it is not saved")
+    part = Path(f"{path}.{os.getpid()}.tmp")  # another run may train the same encoder
+    torch.save(dict(config=net.config, model=average.state_dict()), part)
+    part.replace(path)
     if C in (1, 3):
         rows = [images, images * (1 - mask), torch.where(mask > 0, filled.float(), images)]
         rows = torch.cat([row[:10].detach() for row in rows])
-        data.save_grid(data.to_uint8(rows), path.with_suffix(".png"), min(10, batch))
+        data.save_grid(data.to_uint8(rows), path.with_suffix(".png"))
 
 
 def of_data(sampler, classes, data_dir):
@@ -176,6 +180,8 @@ def of_data(sampler, classes, data_dir):
     for part in sampler.images[::every].split(1000):
         digest = zlib.crc32(part.cpu().numpy().tobytes(), digest)
     path = Path(data_dir) / f"mae-{digest:08x}-{steps}.pt"
+    if size < 8:
+        raise ValueError(f"images of {size} pixels are too small for mae: try --encoder pixels")
     if not path.exists():
         print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
         patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
@@ -196,11 +202,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     plan = {name: getattr(args, name) for name in ("layers", *counts)}
     try:
+        device = usable(args.device)
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
-        sampler = data.Sampler(images, labels, args.device, args.flip)
-        train(sampler, len(names), args.out, **plan)
-    except (ValueError, OSError) as error:
-        sys.exit(f"mae.py: error: {error}")
+        train(data.Sampler(images, labels, device, args.flip), len(names), args.out, **plan)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"mae.py: error: {str(error) or 'stopped, nothing is saved'}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """What train.py and sample.py need of a generator, besides forward() and its config."""
+    """What generators have in common; what else they must have stands above train.build_net()."""
 
     def draw(self, n, generator):
         """noise and style of forward() for n images, from a torch.Generator, on its device."""
@@ -216,6 +216,14 @@ class DiT(Generator):
 def build(config):
     """The generator of a checkpoint's config, a dictionary: here another network may be named."""
     return DiT(DiTConfig(**config))
+
+
+def usable(device):
+    """A torch.device, or ValueError if this machine or this build of torch has no such device."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {device}: {str(error).splitlines()[0]}") from None
 
 
 def load_net(path, build, weights):

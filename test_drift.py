@@ -425,7 +425,7 @@ def test_a_stopped_run_leaves_a_whole_checkpoint(tmp_path, number):
     [
         ("no data set digit", ["--dataset", "digit"]),
         ("unrecognized arguments: --nonsense", ["--nonsense"]),
-        ("--steps 0 must be at least 1", ["--steps", 0]),
+        ("--steps 0 must be 1 to", ["--steps", 0]),
         ("--lr nan must be", ["--lr", "nan"]),
         ("images of 8 pixels have no patches of 3", ["--patch", 3]),
         ("no encoder dinoo", ["--encoder", "dinoo"]),

@@ -39,7 +39,7 @@ N_EVAL = 1000  # samples that are scored
 def setup(device):
     """-> rank, world and the device of this process, by the variables that torchrun sets."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device)
+    device = model.usable(device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -55,12 +55,13 @@ def share(t):
     return t.chunk(dist.get_world_size())[dist.get_rank()].clone() if dist.is_initialized() else t
 
 
-# A generator is a model.Generator whose class model.build() names:
+# What a generator must have (model.Generator has draw, generate and no matrices):
 #   net(*net.draw(n, g), label, alpha) -> images [n, C, H, W]; g is a torch.Generator
-#   net.generate(label, alpha, g) -> samples; net.matrices() -> the parameters of Muon
-#   model.build(asdict(net.config)) makes it again; its state_dict() is saved and averaged
+#   net.generate(label, alpha, g) -> samples; net.matrices() -> the parameters that Muon trains
+#   net.config, a dataclass from which model.build() makes it again; parameters, which are averaged
 def build_net(args, typed, shape, names, source):
-    """For images of shape (C, H, W) in classes names; source: checkpoint of --resume or --init."""
+    """A generator of images of shape (C, H, W) in the classes `names`; source is the checkpoint of
+    --resume or --init, whose weights it gets."""
     torch.manual_seed(args.seed)
     shape = dict(in_channels=shape[0], input_size=shape[-1], num_classes=len(names))
     settings = model.DiTConfig(**model.SIZES[args.model], patch_size=args.patch, **shape)
@@ -91,6 +92,7 @@ def build_optimizers(net, args):
 def prepare(args, typed, source):
     """Data, generator and encoder -> args of this data, net, sampler, encode, names, device."""
     rank, world, device = setup(args.device)
+    data.check_writable(Path(args.out))
     if rank > 0:
         dist.barrier()  # the first rank downloads, reads and trains an encoder for all
     images, labels, names = data.load(args.dataset, args.data_dir, args.size)
@@ -107,7 +109,6 @@ def prepare(args, typed, source):
         path = mae.of_data(sampler, len(names), args.data_dir)
         args.encoder = [path if name == "mae" else name for name in args.encoder]
     encode = features.Encoder(args.encoder, *images.shape[-3:-1], device)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if rank == 0 and world > 1:
         dist.barrier()
     return args, net, sampler, encode, names, device
@@ -115,26 +116,26 @@ def prepare(args, typed, source):
 
 def step_loss(net, encode, field, sampler, args, g):
     """The loss of a step, Algorithm 1, and its stats, see drift.features_loss().
-
-    g, a torch.Generator, is equal on all ranks: numbers are drawn for all, each takes its share.
-    """
+    The ranks have equal generators g: each draws the numbers of all, and takes its share."""
     label = sampler.draw_labels(args.labels, g)  # [L]
     alpha = drift.draw_alpha(args.labels, args.alpha_max, args.alpha_k, args.alpha_one, g)  # [L]
-    index, chance = sampler.draw(label, args.n_pos, args.n_unc, g)  # [L, P + U]
+    index, view = sampler.draw(label, args.n_pos, args.n_unc, g)  # [L, P + U]
     noise, style = net.draw(args.labels * args.n_gen, g)  # [L * N, ...]
-    label, alpha, index, chance = map(share, (label, alpha, index, chance))
+    label, alpha, index, view = map(share, (label, alpha, index, view))
     noise, style = share(noise), share(style)
 
-    pos, unc = sampler.fetch(index, chance).split([args.n_pos, args.n_unc], dim=1)
-    with torch.no_grad():  # all at once, as unc may be empty
-        real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])
-        f = features.in_parts(encode, args.micro_batch, real)
+    pos, unc = sampler.fetch(index, view).split([args.n_pos, args.n_unc], dim=1)
+    real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])  # one batch, as unc may be empty
+    with torch.no_grad():
+        feats = features.in_parts(encode, args.micro_batch, real)  # {name: [L (P + U), l, C]}
     n = len(label) * args.n_pos
-    fp, fu = {k: v[:n] for k, v in f.items()}, {k: v[n:] for k, v in f.items()}
+    fp, fu = {k: f[:n] for k, f in feats.items()}, {k: f[n:] for k, f in feats.items()}
+
+    def generate_and_encode(*inputs):
+        return encode(net(*inputs).to(noise.dtype))
 
     each = [t.repeat_interleave(args.n_gen) for t in (label, alpha)]  # [L * N]
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=noise.is_cuda):
-        generate_and_encode = lambda *inputs: encode(net(*inputs).to(noise.dtype))  # noqa: E731
         fx = features.in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
     return drift.features_loss(fx, fp, fu, alpha, args.taus, args.iters, args.floor, field)
 
@@ -149,10 +150,11 @@ def rate(step, args):
 def update(net, ema, optimizers, loss, args, step):
     """One step of the weights and of their average -> norm of the gradient, before clipping."""
     loss.backward()
-    params = list(net.parameters())
-    for p in params if dist.is_initialized() else []:
-        dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
+    params = [p for p in net.parameters() if p.grad is not None]
+    if dist.is_initialized():
+        for p in params:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
     norm = nn.utils.clip_grad_norm_(params, 2.0)
     for optimizer, full in zip(optimizers, (args.lr, args.muon), strict=False):
         for group in optimizer.param_groups:
@@ -161,7 +163,7 @@ def update(net, ema, optimizers, loss, args, step):
         optimizer.zero_grad()
     decay = min(args.ema, (1 + step) / (10 + step))  # the first weights are soon forgotten
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     return norm
 
 
@@ -170,23 +172,24 @@ def save(net, ema, optimizers, args, names, step):
     state = dict(model=net.state_dict(), ema=ema.state_dict(), step=step, args=asdict(args))
     state |= dict(config=asdict(net.config), classes=names)
     state |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    torch.save(state, f"{args.out}.tmp")
+    try:
+        torch.save(state, f"{args.out}.tmp")
+    except (OSError, RuntimeError) as error:  # of a full disk: either
+        sys.exit(f"cannot save step {step} ({error}): {args.out} is as it was")
     os.replace(f"{args.out}.tmp", args.out)
 
 
 def start_log(args, net, sampler):
     """Logs the settings and what real images score; -> up to 10,000 of them, and their labels."""
-    if Path(args.out).exists() and not args.resume:
-        print(f"{args.out} of an earlier run is overwritten, with its log and picture")
+    if not args.resume:
+        if Path(args.out).exists():
+            print(f"{args.out} of an earlier run is overwritten, with its log and picture")
         Path(args.out).with_suffix(".jsonl").unlink(missing_ok=True)
     log(args.out, asdict(args))
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     samples, images = args.labels * args.n_gen, args.labels * (args.n_pos + args.n_unc)
     print(f"{millions:.1f}M parameters; a step: {samples:,} samples, {images:,} real images")
-    most = min(10000, 2**28 // sampler.images[0, 0].numel())  # a gigabyte
-    some = torch.randperm(len(sampler.labels), generator=torch.Generator().manual_seed(0))[:most]
-    some = some.to(sampler.device)
-    real, labels = sampler.fetch(some, torch.zeros_like(some)), sampler.labels[some]
+    real, labels = sampler.some(10000)
     n = min(N_EVAL, len(real) // 2)
     if n > 10:
         found = fid.scores(real[:n], labels[:n], real[n:], labels[n:])
@@ -195,15 +198,15 @@ def start_log(args, net, sampler):
 
 
 def evaluate(ema, real, labels, out):
-    """Scores of samples at alpha 1 in the place of the first n real images; draws a hundred."""
+    """Scores of n samples that have the labels of the first n real images, against the other real
+    images; and a picture of a hundred more."""
     n, classes = min(N_EVAL, len(real) // 2), ema.config.num_classes
     label = torch.cat([torch.arange(100, device=real.device) % classes, labels[:n]])
     g = torch.Generator().manual_seed(0)
     x = torch.cat([ema.generate(part, 1.0, g) for part in label.split(250)])
     x = x.clamp(real.min(), real.max())
     if x.shape[1] in (1, 3):
-        columns, picture = min(10, classes) if classes > 1 else 10, Path(out).with_suffix(".png")
-        data.save_grid(data.to_uint8(x[:100]), picture, columns)
+        data.save_grid(data.to_uint8(x[:100]), Path(out).with_suffix(".png"), classes)
     if n <= 10:
         return {}
     found = fid.scores(x[100:], label[100:], real[n:], labels[n:])
@@ -215,6 +218,7 @@ def log(out, numbers):
     short = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in numbers.items()}
     print("  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
     with Path(out).with_suffix(".jsonl").open("a") as file:
+        numbers = {k: None if v != v else v for k, v in numbers.items()}  # NaN is no JSON
         file.write(json.dumps(numbers) + "\n")
 
 
@@ -223,8 +227,8 @@ def stop_signals():
     """A list that is no longer empty when a signal has asked the run to end after its step."""
     stop, before = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has two of them
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP and SIGUSR1
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             before.setdefault(number, signal.signal(number, lambda *_: stop.append(True)))
     try:
         yield stop
@@ -237,9 +241,10 @@ def main(argv=None):
     try:
         args, typed, source = config.parse(argv, __doc__)
         args, net, sampler, encode, names, device = prepare(args, typed, source)
-    except (ValueError, OSError, ImportError) as error:  # of what was typed and given
-        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
-    ema, optimizers = deepcopy(net).requires_grad_(False), build_optimizers(net, args)
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:  # by what was given
+        reason = " ".join(str(error).split()) or "stopped before the first step"
+        sys.exit(f"train.py: error: {reason}" if os.environ.get("RANK", "0") == "0" else 1)
+    ema, optimizers = deepcopy(net).eval().requires_grad_(False), build_optimizers(net, args)
     start, end = 0, min(args.steps, args.stop_after or args.steps)
     if args.resume:
         start = source["step"]
@@ -247,14 +252,14 @@ def main(argv=None):
         if len(source.get("optimizers", [])) == len(optimizers):  # else --muon was typed
             for optimizer, state in zip(optimizers, source["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-    if start >= end:
-        print(f"{args.out} is at step {start} of {end} already: give more --steps")
-    rank, batch, field = int(os.environ.get("RANK", 0)), args.labels * args.n_gen, drift.field
+    rank, batch = int(os.environ.get("RANK", 0)), args.labels * args.n_gen
     if rank == 0:
+        print(f"from step {start} to {end}")
         real, real_labels = start_log(args, net, sampler)
     stat_names = [*(f"drift_{tau:g}" for tau in args.taus), "scale"]
-    if device.type == "cuda" if args.compile is None else args.compile:
-        try:
+    field = drift.field
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        try:  # what follows is compiled at its first call
             torch.compile(torch.exp)(torch.ones(1, device=device))
             net.compile(dynamic=False)
             encode.compile(dynamic=False)
@@ -264,7 +269,7 @@ def main(argv=None):
     began, since, then = time.time(), start, time.time()
     with stop_signals() as stop:
         for step in range(start, end):
-            g = torch.Generator(device).manual_seed(10_000_019 * args.seed + step)
+            g = torch.Generator(device).manual_seed((10_000_019 * args.seed + step) % 2**63)
             loss, stats = step_loss(net, encode, field, sampler, args, g)
             norm = update(net, ema, optimizers, loss, args, step)
             done, stopping = step + 1, torch.tensor(len(stop))
@@ -275,16 +280,16 @@ def main(argv=None):
             if not scored and done % args.log_every and done - start not in (1, 10):
                 continue
             if not nn.utils.get_total_norm(ema.parameters()).isfinite():
-                sys.exit(f"step {done}: weights are not finite, try a lower --lr; nothing is saved")
+                sys.exit(f"step {done}, not saved: weights are not finite, try a lower --lr")
             if rank == 0:
                 seconds = (time.time() - then) / (done - since)
+                speed = dict(images_per_s=int(batch / seconds))
+                speed |= dict(minutes_left=round((end - done) * seconds / 60, 1))
                 seen = dict(step=done, images=done * batch, seconds=int(time.time() - began))
                 means = torch.stack(list(stats.values())).mean(0).tolist()  # over features
-                numbers = seen | dict(zip(stat_names, means, strict=True))
-                speed = dict(lr=args.lr * rate(step, args), images_per_s=int(batch / seconds))
-                log(args.out, numbers | dict(grad_norm=norm.item()) | speed)
-                if done - start == 10:
-                    print(f"about {(end - done) * seconds // 60 + 1:.0f} min to step {end}")
+                numbers = dict(zip(stat_names, means, strict=True), loss=loss.item())
+                numbers |= dict(grad_norm=norm.item(), lr=args.lr * rate(step, args))
+                log(args.out, seen | numbers | speed)
             if rank == 0 and scored:
                 save(net, ema, optimizers, args, names, done)
                 log(args.out, seen | evaluate(ema, real, real_labels, args.out))

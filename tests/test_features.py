@@ -9,6 +9,7 @@ import torch
 
 import features
 from conftest import ASSETS, needs, relative
+from imagenet.convnext import ConvNeXtV2
 from mae import MAE
 
 # The authors' names of modules and parameters, replaced by timm's one after the other
@@ -42,7 +43,7 @@ def test_convnext_gives_the_official_features():
     needs("timm")
     from timm.models.convnext import ConvNeXt
 
-    net = features.ConvNeXtV2.__new__(features.ConvNeXtV2)
+    net = ConvNeXtV2.__new__(ConvNeXtV2)
     torch.nn.Module.__init__(net)
     net.size = 224
     shape = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), use_grn=True, ls_init_value=None)

@@ -68,7 +68,10 @@ def test_the_space_of_the_drift_by_default(monkeypatch, installed):
 
 
 def test_a_device_stays_what_was_typed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: device.index + 0)  # it needs one
+    found = {"cuda": "cuda:0", "cuda:1": "cuda:1"}  # as a GPU says of its tensors
+    monkeypatch.setattr(train.model, "usable", lambda device: torch.device(found[device]))
+    assert train.setup("cuda")[2] == torch.device("cuda:0")
     assert train.setup("cuda:1")[2] == torch.device("cuda:1")
     monkeypatch.setattr(train.dist, "init_process_group", lambda **how: None)
     for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=3).items():
@@ -205,10 +208,9 @@ def test_signal_handlers_are_given_back():
 
 
 def test_the_size_of_a_step_and_the_end_are_said(capsys):
-    run(*QUICK, "--steps", 11, "--n_pos", 100)
-    out = capsys.readouterr().out
-    assert "M parameters; a step: 40 samples, 1,080 real images" in out
-    assert "about 1 min to step 11" in out
+    _, lines = run(*QUICK, "--steps", 11, "--n_pos", 100, "--log_every", 100)
+    assert "M parameters; a step: 40 samples, 1,080 real images" in capsys.readouterr().out
+    assert [line["step"] for line in lines if "minutes_left" in line] == [1, 10, 11]
 
 
 def test_the_checkpoint_names_the_encoder_that_was_trained(monkeypatch):
