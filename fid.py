@@ -96,11 +96,11 @@ def main(argv=None):
     how = dict(feature_extractor=args.network, feature_extractor_weights_path=args.weights)
     how |= dict(cuda="cuda" in args.device, save_cpu_ram=True, cache_root=args.data_dir)
     try:
-        from torch_fidelity import calculate_metrics
-
         if args.n < 1:
             raise ValueError(f"--n {args.n} must be 1 or more")
         args.device = model.usable(args.device)
+        from torch_fidelity import calculate_metrics
+
         a = load_set(args.sets[0], args, args.n)
         b = load_set(args.sets[1], args, size=a.shape[-1])
         how |= dict(input1=Subset(a, range(len(a))), input2=Subset(b, range(len(b))))

@@ -223,7 +223,7 @@ def usable(device):
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no device {device}: {str(error)[:60]}") from None
 
 
 def load_net(path, build, weights):

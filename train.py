@@ -93,8 +93,11 @@ def prepare(args, typed, source):
     """Data, generator and encoder -> args of this data, net, sampler, encode, names, device."""
     rank, world, device = setup(args.device)
     data.check_writable(Path(args.out))
-    if rank > 0:
-        dist.barrier()  # the first rank downloads, reads and trains an encoder for all
+    if rank > 0:  # the first rank downloads, reads and trains an encoder for all
+        try:
+            dist.barrier()
+        except RuntimeError:  # it has stopped, and says why
+            sys.exit(1)
     images, labels, names = data.load(args.dataset, args.data_dir, args.size)
     if args.unconditional:
         labels, names = torch.zeros_like(labels), ["all"]
