@@ -1,6 +1,7 @@
 """What the tests share: seeds, optional packages, processes, small data sets and checkpoints."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,10 +13,18 @@ import torch
 from PIL import Image
 
 import train
+from imagenet import convert
+from imagenet.convnext import ConvNeXtV2
+from mae import MAE
 from model import SIZES, DiT, DiTConfig
 
 HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
+# The authors' names of ConvNeXt's modules and parameters, replaced by timm's one after the other
+TIMM = {r"downsample_layers_0\.layers_": "stem.", r"stages_(\d)\.layers_": r"stages.\1.blocks."}
+TIMM |= {r"downsample_layers_(\d)\.layers_": r"stages.\1.downsample.", "^norm": "head.norm"}
+TIMM |= {"dwconv": "conv_dw", "pwconv": "mlp.fc", "grn": "mlp.grn", "beta": "bias"}
+TIMM |= {"kernel|scale|gamma": "weight"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +94,41 @@ def save_generator(net, path, classes):
     state = dict(model=net.state_dict(), ema=net.state_dict(), config=asdict(net.config))
     torch.save(state | dict(args={}, classes=classes, step=0), path)
     return path
+
+
+def golden(name, prefix=""):
+    """The arrays of assets/golden_NAME.npz whose names begin with prefix, which is removed."""
+    file = np.load(ASSETS / f"golden_{name}.npz")
+    return {key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)}
+
+
+def our_mae():
+    """An MAE with the stored weights; its decoder, of which none are stored, stays random."""
+    net, arrays = MAE(channels=3, size=32, width=8, num_classes=11), golden("mae", "A/params/")
+    state = net.state_dict()
+    for name in state:
+        [key], order = convert.mae_key(name)
+        if key in arrays:
+            state[name] = torch.from_numpy(arrays[key]).permute(order)
+    net.load_state_dict(state)
+    return net
+
+
+def our_convnext():
+    """A small ConvNeXtV2 with the stored weights."""
+    from timm.models.convnext import ConvNeXt
+
+    net, state = ConvNeXtV2.__new__(ConvNeXtV2), {}
+    torch.nn.Module.__init__(net)
+    net.size = 224
+    shape = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), use_grn=True, ls_init_value=None)
+    net.net = ConvNeXt(**shape, num_classes=0)
+    for name, array in golden("convnext", "params/").items():
+        is_matrix, name = name.endswith("kernel"), name.replace("/", ".")
+        for theirs, ours in TIMM.items():
+            name = re.sub(theirs, ours, name)
+        order = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
+        array = torch.from_numpy(array)
+        state[name] = array.permute(order) if is_matrix else array.flatten()
+    net.net.load_state_dict(state)
+    return net.eval()

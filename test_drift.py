@@ -25,10 +25,9 @@ import torch
 import drift
 import features
 import train
-from conftest import ASSETS, needs, relative, start
+from conftest import ASSETS, needs, our_mae, relative, start
 from drift import drift_field, drift_loss
 from imagenet import convert
-from mae import MAE
 
 # Computed with the authors' JAX code
 GOLDEN = np.load(ASSETS / "golden_drift.npz")
@@ -301,24 +300,12 @@ def test_official_generator():
     assert relative(images, get("a/samples_cfg_scalar_1.5")) < 1e-4
 
 
-def official_mae():
-    """An encoder of the golden file's weights; the decoder, which it lacks, stays random."""
-    net = MAE(channels=3, size=32, width=8, layers=(3, 4, 6, 3), num_classes=11)
-    state = net.state_dict()
-    for name in state:
-        [key], order = convert.mae_key(name)
-        if f"A/params/{key}" in GOLDEN_MAE:
-            state[name] = torch.from_numpy(GOLDEN_MAE[f"A/params/{key}"]).permute(order)
-    net.load_state_dict(state)
-    return net
-
-
 @pytest.mark.parametrize("case", ["act", "act_small"])
 def test_official_mae_features(case):
     """All 85 features; the small input, of a variance near the norms' eps, finds a wrong eps."""
     images = GOLDEN_MAE["A/x" if case == "act" else "A/x_small"]
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    feats = features.multiscale(official_mae().features(images))
+    feats = features.multiscale(our_mae().features(images))
     prefix = f"A/{case}/"
     names = [key.removeprefix(prefix) for key in GOLDEN_MAE.files if key.startswith(prefix)]
     assert len(feats) == 85 and (set(names) == set(feats) if case == "act" else len(names) == 7)

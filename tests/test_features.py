@@ -1,22 +1,13 @@
 """Pixels, networks of timm and the ResNet-MAE as features, by hand and by the authors' numbers."""
 
-import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 import features
-from conftest import ASSETS, needs, relative
-from imagenet.convnext import ConvNeXtV2
+from conftest import golden, needs, our_convnext, relative
 from mae import MAE
-
-# The authors' names of modules and parameters, replaced by timm's one after the other
-NAMES = {r"downsample_layers_0\.layers_": "stem.", r"stages_(\d)\.layers_": r"stages.\1.blocks."}
-NAMES |= {r"downsample_layers_(\d)\.layers_": r"stages.\1.downsample.", "^norm": "head.norm"}
-NAMES |= {"dwconv": "conv_dw", "pwconv": "mlp.fc", "grn": "mlp.grn", "beta": "bias"}
-NAMES |= {"kernel|scale|gamma": "weight"}
 
 
 def shapes(feats):
@@ -41,32 +32,16 @@ def test_pixels_pools_and_windows_by_hand():
 def test_convnext_gives_the_official_features():
     """Features and gradient of a small one, computed with the authors' JAX code."""
     needs("timm")
-    from timm.models.convnext import ConvNeXt
-
-    net = ConvNeXtV2.__new__(ConvNeXtV2)
-    torch.nn.Module.__init__(net)
-    net.size = 224
-    shape = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), use_grn=True, ls_init_value=None)
-    net.net = ConvNeXt(**shape, num_classes=0)
-    golden = np.load(ASSETS / "golden_convnext.npz")
-    golden = {key.replace("/", "."): torch.from_numpy(golden[key]) for key in golden.files}
-    state = {}
-    for key in (key for key in golden if key.startswith("params.")):
-        name, array = key.removeprefix("params."), golden[key]
-        for theirs, ours in NAMES.items():
-            name = re.sub(theirs, ours, name)
-        order = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-        state[name] = array.permute(order) if "kernel" in key else array.flatten()
-    net.net.load_state_dict(state)
-    x = golden["x"].permute(0, 3, 1, 2).requires_grad_()
-    feats = net.eval().features(x)
-    assert {f"act.{name}" for name in feats} == {name for name in golden if name[:4] == "act."}
+    stored = {name: torch.from_numpy(array) for name, array in golden("convnext").items()}
+    x = stored["x"].permute(0, 3, 1, 2).requires_grad_()
+    feats = our_convnext().features(x)
+    assert {f"act/{name}" for name in feats} == {name for name in stored if name[:4] == "act/"}
     total = 0
     for name, f in feats.items():
-        assert relative(f, golden[f"act.{name}"]) < 5e-6, name
+        assert relative(f, stored[f"act/{name}"]) < 5e-6, name
         total = total + (f.flatten() * torch.arange(f.numel()).float().cos()).sum()
     total.backward()
-    assert relative(x.grad, golden["grad_x"].permute(0, 3, 1, 2)) < 1e-4
+    assert relative(x.grad, stored["grad_x"].permute(0, 3, 1, 2)) < 1e-4
 
 
 def test_folding_changes_no_output_and_leaves_no_batch_norm():
