@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import data
-from conftest import write_folder
+from conftest import start, write_folder
 
 GREEN, MAGENTA, WHITE = (0, 128, 0), (255, 0, 255), (255, 255, 255)
 
@@ -114,12 +114,14 @@ def test_linked_classes_and_files_left_out(tmp_path, capsys):
     (root / "3").mkdir(parents=True)
     for name, target in (("2", "cats"), ("10", "dogs"), ("3/more", "dogs"), ("3/a.png", "none")):
         (root / name).symlink_to(tmp_path / "pool" / target)
-    for name in ("3/IMG_1.HEIC", "3/no_ending", "3/x.jxl", "beside.png", ".DS_Store"):
+    (root / "3" / "@eaDir").mkdir()  # with a thumbnail, as a network drive has
+    shutil.copy(tmp_path / "pool" / "dogs" / "0.png", root / "3" / "@eaDir")
+    for name in ("3/IMG_1.HEIC", "3/no_ending", "3/x.jxl", "3/x.mpg", "beside.png", ".DS_Store"):
         (root / name).write_bytes(b"not an image that pillow knows")
     images, labels, names = data.load(f"folder:{root}", tmp_path, 8)
     assert names == ["10", "2", "3"] and labels.bincount().tolist() == [9, 9, 9]
     assert images[labels == 1][:, 0].min() == 255  # cats are red
-    assert f"6 files are left out, such as {root}/.DS_Store" in capsys.readouterr().out
+    assert f"8 files are left out, such as {root}/.DS_Store" in capsys.readouterr().out
 
 
 def test_files_that_do_not_open_are_all_listed(tmp_path):
@@ -138,13 +140,30 @@ def test_files_that_do_not_open_are_all_listed(tmp_path):
 def test_a_cache_is_used_until_a_file_changes(tmp_path):
     root, cache = write_folder(tmp_path / "pets"), tmp_path / "cache"
     data.load(f"folder:{root}", cache, 8)
-    np.lib.format.open_memmap(next(cache.iterdir()), "r+")[:] = 7
+    np.lib.format.open_memmap(next(cache.iterdir()), "r+")[:] = 7  # the cache alone is there
     assert data.load(f"folder:{root}", cache, 8)[0].unique().tolist() == [7]
+    array = data.load_folder(root, cache, 8)[0]
+    assert not array.flags.writeable  # a map that may be written to counts as memory
     Image.new("RGB", (9, 9), GREEN).save(root / "cats" / "0.png")
     assert data.load(f"folder:{root}", cache, 8)[0][0, :, 0, 0].tolist() == [*GREEN]
 
 
-def test_arrays(tmp_path):
+def test_two_runs_read_one_folder_at_once(tmp_path):
+    write_folder(tmp_path / "pets", 150)
+    code = f"import data; data.load('folder:{tmp_path}/pets', '{tmp_path}/cache', 8)"
+    jobs = [start("-c", code) for _ in range(2)]
+    assert [job.wait(100) for job in jobs] == [0, 0]
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+
+
+def test_a_disk_that_is_too_small(monkeypatch, tmp_path):
+    root = write_folder(tmp_path / "pets")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=100))
+    refuses(f"folder:{root}", "no space for 221,184 bytes", data_dir=tmp_path / "cache")
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_arrays(tmp_path, capsys):
     arrays, name = np.random.randint(0, 256, (30, 8, 8, 3), np.uint8), f"npz:{tmp_path}/a.npz"
     np.savez(tmp_path / "a.npz", arr_0=arrays, labels=np.arange(30) % 10 + 1)  # as of MATLAB
     images, labels, names = data.load(name)
@@ -152,8 +171,14 @@ def test_arrays(tmp_path):
     assert labels.tolist() == [*range(10)] * 3 and names == [str(i) for i in range(1, 11)]
     small = data.load(name, size=4)[0].float()
     assert small.shape == (30, 3, 4, 4) and abs(small.mean() - arrays.mean()) < 5
+    np.savez(tmp_path / "a.npz", arrays, np.arange(30) % 3, extra=3)
+    assert data.load(name)[1].tolist() == [0, 1, 2] * 10
+    assert "not read: extra" in capsys.readouterr().out
+    np.save(tmp_path / "a.npy", arrays)
+    assert torch.equal(data.load(f"npz:{tmp_path}/a.npy")[0], images)
     np.savez(tmp_path / "a.npz", arr_0=arrays.transpose(0, 3, 1, 2) / 255)
     assert torch.equal(data.load(name)[0], images / 255)
+    assert "no value is below 0" in capsys.readouterr().out
 
 
 def test_arrays_that_are_no_data_set(tmp_path):
@@ -164,6 +189,13 @@ def test_arrays_that_are_no_data_set(tmp_path):
     for arrays in bad:
         np.savez(tmp_path / "a.npz", **arrays)
         refuses(f"npz:{tmp_path}/a.npz", "a.npz")
+    np.savez(tmp_path / "a.npz", x_train=good, y_train=np.zeros(6, int))
+    refuses(f"npz:{tmp_path}/a.npz", "x_train, y_train", "arr_0")
+    np.save(tmp_path / "labels.npy", np.zeros(6, int))
+    for latents, why in ((nan, "image 0 has NaN"), (rgba.astype(float), "not square")):
+        np.save(tmp_path / "latents.npy", latents)
+        refuses(f"latents:{tmp_path}", why)
+    refuses("folder:", "no path")
     (tmp_path / "a.npz").write_text("hello")
     refuses(f"npz:{tmp_path}/a.npz", "a.npz")
     refuses(f"npz:{tmp_path}/none.npz", "none.npz")

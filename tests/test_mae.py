@@ -34,6 +34,12 @@ def test_training_lowers_the_loss_and_writes_a_file_and_a_picture(tmp_path, caps
     assert torch.equal(filled, net(x * (1 - mask), mask)[0])  # what is hidden is not seen
 
 
+def test_an_encoder_that_diverges_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        mae.train(digits(), 10, tmp_path / "a.pt", steps=9, lr=1e30, **SMALL)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_average_of_the_weights_is_saved(tmp_path):
     weights = {}
     for ema in (0.0, 0.9995):  # of the same training; 0: the last weights

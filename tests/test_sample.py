@@ -53,6 +53,20 @@ def test_classes_by_name_and_number(tmp_path):
         refuses(f"{name} is damaged or of another kind", tmp_path / name, out)
 
 
+def test_names_of_files_and_numbers_of_images(tmp_path, capsys):
+    ckpt = save_generator(tiny_generator(), tmp_path / "a.pt", [*"0123456789"])
+    draw(ckpt, tmp_path / "one.PNG", "--n", 1)
+    assert Image.open(tmp_path / "one.PNG").size == (70, 70)
+    sample.main(["--ckpt", str(ckpt), "--out", f"{tmp_path}/v1.5/", "--n", "7", "--batch", "3"])
+    assert len([*(tmp_path / "v1.5").iterdir()]) == 7
+    for option in ("--n", "--batch"):
+        refuses("1 or more", ckpt, tmp_path / "b.png", option, 0)
+    state = torch.load(ckpt, weights_only=True) | dict(args=dict(alpha_max=1.0))
+    torch.save(state, ckpt)
+    draw(ckpt, tmp_path / "c.png", "--cfg", 4)
+    assert "without guidance" in capsys.readouterr().out
+
+
 def test_latents_are_kept_or_decoded(tmp_path):
     needs("diffusers")
     from diffusers import AutoencoderKL

@@ -14,7 +14,6 @@ import torch
 
 import config
 import drift
-import features
 import mae
 import train
 from conftest import HERE, refusal, save_generator, start, tiny_generator, write_folder
@@ -98,18 +97,6 @@ def test_alpha_has_the_stated_density():
         assert above.mean().item() == pytest.approx((grid * density).sum().item(), rel=0.01)
 
 
-def test_the_encoder_never_gets_an_empty_batch(monkeypatch):
-    """Without guidance there are no unconditional images, and CUDA cannot resize none."""
-    forward = features.Encoder.forward
-
-    def checked(self, images):
-        assert len(images) > 0
-        return forward(self, images)
-
-    monkeypatch.setattr(features.Encoder, "forward", checked)
-    run("--n_unc", 0, "--steps", 1, *QUICK)
-
-
 def test_rates():
     args, *_ = config.parse(["--steps", "100", "--warmup", "10", "--decay", "0.5"])
     rates = [train.rate(step, args) for step in range(100)]
@@ -176,6 +163,27 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(rates):
     assert "weights are not finite" in line
     kept = torch.load("out.pt", weights_only=True)
     assert all(torch.equal(kept["model"][k], v) for k, v in state["model"].items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(monkeypatch):
+    run(*QUICK, "--steps", 1)
+    before, error = Path("out.pt").read_bytes(), RuntimeError("unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=error))
+    line = refusal(train.main, "--resume", "out.pt", "--steps", 2)
+    assert "unexpected pos" in line and "out.pt is as it was" in line
+    assert Path("out.pt").read_bytes() == before
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_step(monkeypatch):
+    for out in ("lr0.001", "model.png", "runs/"):
+        assert "must end in .pt" in refusal(train.main, *QUICK, "--out", out)
+    monkeypatch.setattr(train.data, "load", mock.Mock(side_effect=KeyboardInterrupt))
+    assert "stopped before the first step" in refusal(train.main, *QUICK)
+
+
+def test_nan_in_the_log_is_null():
+    train.log("out.pt", dict(fd=float("nan"), acc=0.5))
+    assert json.loads(Path("out.jsonl").read_text()) == dict(fd=None, acc=0.5)
 
 
 def test_the_average_of_the_weights_forgets_the_first_ones():
