@@ -65,7 +65,7 @@ def bench_step(args, model):
         fx, fp = encode(x.float()), encode(real)
         times.append(timer())
         fu = {name: f[:0] for name, f in fp.items()}
-        loss, _ = drift.features_loss(fx, fp, fu, alpha[: args.labels], iters=2)
+        loss, _ = drift.features_loss(fx, fp, fu, alpha[: args.labels], iters=2, field=args.field)
         times.append(timer())
         loss.backward()
         times.append(timer())
@@ -96,9 +96,10 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # as train.py does
     config = DiTConfig(**SIZES[args.model], input_size=args.size, patch_size=args.patch)
     model = DiT(config).to(DEVICE)
+    args.field = drift.field
     if args.compile:
         model.compile(dynamic=False)
-        drift.field = torch.compile(drift.field, dynamic=True)
+        args.field = torch.compile(drift.field, dynamic=True)
     for name, bench in benches.items():
         if name in args.what or "all" in args.what:
             bench(args, model)
