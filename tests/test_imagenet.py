@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from unittest import mock
 
 import numpy as np
@@ -57,7 +56,7 @@ def test_an_encoder_becomes_a_file_of_mae(tmp_path):
     assert net.config == expected.config
 
 
-def test_weights_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
     needs("msgpack")
     folder, out = tmp_path / "a", tmp_path / "a.pt"
     shutil.copytree(ARTIFACT / "params_ema", folder)
@@ -72,10 +71,6 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     assert "network lack LightningDiT_0/blocks_2/" in changed(depth=2)
     assert "label_embed.weight" in changed(num_classes=10)
     assert not out.exists()
-    (folder / "metadata.json").write_text(json.dumps(metadata))
-    assert "directory" in refusal(convert.main, folder, tmp_path / "none" / "a.pt")
-    monkeypatch.setitem(sys.modules, "msgpack", None)
-    assert "msgpack" in refusal(convert.main, folder, out)
 
 
 @pytest.fixture
@@ -135,11 +130,3 @@ def test_views_are_the_middle_of_a_colour_image_and_its_mirror_image(tmp_path):
     image = Image.fromarray(blocks.repeat(4, axis=0).repeat(4, axis=1))  # 80 x 64
     assert np.array_equal(encode.centre_crop(image, 16), blocks[:, 2:18])
     assert encode.centre_crop(image.resize((31, 130)), 16).size == (16, 16)
-
-
-def test_what_encode_lacks_is_one_line(tmp_path, command, monkeypatch):
-    assert "none" in refusal(encode.main, *command, "--dataset", f"folder:{tmp_path}/none")
-    (tmp_path / "pets" / "cats" / "0.png").write_text("no image")
-    assert "0.png" in refusal(encode.main, *command)
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "diffusers" in refusal(encode.main, *command)

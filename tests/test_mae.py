@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import mae
-from conftest import ASSETS, save_generator, tiny_generator
+from conftest import ASSETS
 
 GOLDEN = np.load(ASSETS / "golden_mae.npz")  # computed with the authors' JAX code
 SMALL = dict(width=8, patch=1, layers=(1, 1, 1, 1), batch=32)
@@ -106,11 +106,3 @@ def test_patches_are_ordered_as_the_official_ones(patch):
     net.features(image.repeat(1, 1, patch, patch))
     corner = seen[0][:, :, : 8 // patch, : 8 // patch].permute(0, 2, 3, 1)
     assert torch.equal(corner, torch.from_numpy(GOLDEN[f"patch_input/out_{patch}"]))
-
-
-def test_what_is_no_encoder_is_one_line(tmp_path):
-    save_generator(tiny_generator(), tmp_path / "generator.pt", list("0123456789"))
-    with pytest.raises(ValueError, match=r"another kind.*$"):
-        mae.load(tmp_path / "generator.pt")
-    with pytest.raises(SystemExit, match=r"^mae\.py: error: 8 pixels are no 8 or more"):
-        mae.main(["--dataset", "digits", "--out", str(tmp_path / "a.pt")])
