@@ -1,5 +1,4 @@
-"""
-The paper's ResNet-MAE, the encoder in whose features the drift is measured, and its training.
+"""The paper's ResNet-MAE, the encoder in whose features the drift is measured, and its training.
 
 About half of an image is hidden, in squares of 2 x 2 locations of `patch` x `patch` pixels, and a
 U-Net fills it in. A linear classifier may join in the last steps. Averaged weights are saved.
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import data
-from model import load_net, usable
+import model
 
 
 def group_norm(channels, per_group):
@@ -48,13 +47,11 @@ class BasicBlock(nn.Module):
 
 
 class MAE(nn.Module):
-    """An encoder, a U-Net decoder for what was hidden, and a linear classifier. width: channels of
-    the first stage, doubled by every other one; patch: pixels along a side of a location; group:
-    least channels of a group. Patch, layers and group are the paper's by default."""
+    """An encoder, a U-Net decoder for what was hidden, and a linear classifier; by default the
+    paper's. width: channels of the first stage; patch: pixels along a side of a location."""
 
-    def __init__(
-        self, channels=3, size=32, width=32, patch=1, layers=(3, 4, 6, 3), num_classes=10, group=1
-    ):
+    def __init__(self, channels=3, size=32, width=32, patch=1, layers=(3, 4, 6, 3),
+                 num_classes=10, group=1):  # fmt: skip
         super().__init__()
         if size % patch or size < 8 * patch:
             raise ValueError(f"{size} pixels are no 8 or more whole patches of {patch}")
@@ -82,8 +79,7 @@ class MAE(nn.Module):
         p = self.config["patch"]
         x = rearrange(images, "b c (h p) (w q) -> b (p q c) h w", p=p, q=p)
         maps = {"norm_x": (x.square().mean((2, 3)) + 1e-6).sqrt().unsqueeze(1)}
-        x = x.to(self.stem[0].weight.dtype)  # bf16 on a GPU
-        x = maps["conv1"] = F.relu(self.stem(x))
+        x = maps["conv1"] = F.relu(self.stem(x.to(self.stem[0].weight.dtype)))  # bf16 on a GPU
         for i, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True), 1):
             for k, block in enumerate(stage, 1):
                 x = block(x)
@@ -108,7 +104,7 @@ class MAE(nn.Module):
 
 def load(path):
     """The ResNet-MAE of a file of train(). Raises ValueError."""
-    return load_net(path, lambda config: MAE(**config), "model")[0]
+    return model.load(path, lambda config: MAE(**config), "model")[0]
 
 
 def draw_mask(n, size, patch, generator):
@@ -127,9 +123,8 @@ def reconstruction(filled, images, mask, patch):
 
 def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=1000, batch=128,
           group=8, cls_steps=0, lr=2e-3, warmup=50, ema=0.9995):  # fmt: skip
-    """Trains a ResNet-MAE on the images of a data.Sampler and writes it to path, with a picture of
-    images, their visible parts, and what the decoder made of these. In the last cls_steps, the
-    classifier's cross-entropy grows to a tenth of the loss."""
+    """Trains a ResNet-MAE on a data.Sampler and writes it to path, with a picture of images, their
+    visible parts, and these filled in. In the last cls_steps, a classifier gets 0.1 of the loss."""
     path, device = Path(path), sampler.device
     data.check_writable(path)
     C, size = sampler.images.shape[-3:-1]
@@ -155,8 +150,7 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
         nn.utils.clip_grad_norm_(net.parameters(), 2.0)
         optimizer.param_groups[0]["lr"] = lr * min(1, step / max(1, warmup))
         optimizer.step()
-        # Without the second limit, a short run would keep some of its random first weights.
-        decay = min(ema, step / (step + 9))
+        decay = min(ema, step / (step + 9))  # the random first weights are soon forgotten
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
         if step % 100 == 0 or step in (1, steps):
@@ -180,8 +174,6 @@ def of_data(sampler, classes, data_dir):
     for part in sampler.images[::every].split(1000):
         digest = zlib.crc32(part.cpu().numpy().tobytes(), digest)
     path = Path(data_dir) / f"mae-{digest:08x}-{steps}.pt"
-    if size < 8:
-        raise ValueError(f"images of {size} pixels are too small for mae: try --encoder pixels")
     if not path.exists():
         print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)
         patch = max(k for k in range(1, max(1, size // 16) + 1) if size % k == 0)
@@ -202,7 +194,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     plan = {name: getattr(args, name) for name in ("layers", *counts)}
     try:
-        device = usable(args.device)
+        device = model.usable(args.device)
         images, labels, names = data.load(args.dataset, args.data_dir, args.size)
         train(data.Sampler(images, labels, device, args.flip), len(names), args.out, **plan)
     except (ValueError, OSError, KeyboardInterrupt) as error:

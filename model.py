@@ -1,13 +1,11 @@
-"""
-The generator of "Generative Modeling via Drifting": a DiT, from noise to image in one forward pass.
+"""The generator of "Generative Modeling via Drifting": a DiT, from noise to image in one pass.
 
     noise  [B, C, H, W]   Gaussian, the input image
     style  [B, 32]        integers below 64; the sum of 32 random embeddings is a discrete noise
     label  [B]            class
     alpha  [B]            guidance strength; trained on a range, so that guidance costs nothing
 
-The architecture is that of the official JAX code, whose weights fit: see imagenet/README.md.
-"""
+The architecture is that of the official JAX code, whose weights fit: see imagenet/README.md."""
 
 import math
 from dataclasses import dataclass
@@ -57,10 +55,10 @@ def sincos_2d(dim, grid):
 
 
 def rope_1d(dim, length):
-    """cos and sin [length, dim] of the rotary embedding (rotate-half, base 10000)."""
+    """cos and sin [2, length, dim] of the rotary embedding (rotate-half, base 10000)."""
     freq = 10000 ** (-torch.arange(0, dim, 2) / dim)
     angle = torch.outer(torch.arange(length), freq).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x, cos, sin):
@@ -115,7 +113,8 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """What generators have in common; what else they must have stands above train.build_net()."""
+    """What generators have in common. Each has a `config` as well, a dataclass from which build()
+    makes it again, and a forward(*draw(n, g), label, alpha) that gives images [n, C, H, W]."""
 
     def draw(self, n, generator):
         """noise and style of forward() for n images, from a torch.Generator, on its device."""
@@ -159,9 +158,8 @@ class DiT(Generator):
         self.final_adaln = nn.Linear(cond, 2 * width)
         self.final_proj = nn.Linear(width, patch_dim)
         tokens = c.n_cls_tokens + self.pos_embed.shape[1]  # class tokens first
-        cos, sin = rope_1d(width // c.num_heads, tokens)
-        self.register_buffer("rope_cos", cos, persistent=False)  # [T, d], not in checkpoints
-        self.register_buffer("rope_sin", sin, persistent=False)
+        rope = rope_1d(width // c.num_heads, tokens)
+        self.register_buffer("rope", rope, persistent=False)  # [2, T, d], not in checkpoints
         self.init_weights()
 
     def init_weights(self):
@@ -197,10 +195,10 @@ class DiT(Generator):
         cls = self.cls_proj(cond).unsqueeze(1) + self.cls_embed  # [B, n, D]
         x = torch.cat([cls, x], dim=1)  # [B, n + HW, D]
         for block in self.blocks:
-            x = block(x, cond, self.rope_cos, self.rope_sin)
+            x = block(x, cond, *self.rope)
         shift, scale = self.final_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
-        x = self.final_proj(self.final_norm(x) * (1 + scale) + shift)
-        x = x[:, c.n_cls_tokens :]  # [B, HW, ppC]
+        x = self.final_norm(x) * (1 + scale) + shift
+        x = self.final_proj(x)[:, c.n_cls_tokens :]  # [B, HW, ppC]
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=c.input_size // p)
 
     def matrices(self):
@@ -226,8 +224,8 @@ def usable(device):
         raise ValueError(f"no device {device}: {str(error)[:60]}") from None
 
 
-def load_net(path, build, weights):
-    """build(config) with the weights of a checkpoint, and the checkpoint. Raises ValueError."""
+def load(path, build=build, weights="ema"):
+    """build(config) with these weights of a checkpoint, and the checkpoint. Raises ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         net = build(checkpoint["config"])
@@ -237,8 +235,3 @@ def load_net(path, build, weights):
     except Exception as error:  # what torch raises for damaged files has no type in common
         raise ValueError(f"{path} is damaged or of another kind ({error!r})") from None
     return net, checkpoint
-
-
-def load(path):
-    """The generator of a checkpoint, with its averaged weights, and the checkpoint."""
-    return load_net(path, build, "ema")

@@ -17,7 +17,7 @@ def test_sizes(name, hidden, blocks, millions):
         net = DiT(DiTConfig(**SIZES[name], in_channels=4, num_classes=1000))
     assert len(net.blocks) == blocks
     assert net.blocks[0].mlp.w2.in_features == hidden
-    assert net.pos_embed.shape[1] == 256 and net.rope_cos.shape == (256 + 16, 64)
+    assert net.pos_embed.shape[1] == 256 and net.rope.shape == (2, 256 + 16, 64)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
