@@ -1,5 +1,4 @@
-"""
-The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.04770).
+"""The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.04770).
 
     V(x) = attraction of x to real samples  -  attraction of x to generated ones
     loss = | x - stopgrad(x + V(x)) |^2
@@ -7,8 +6,7 @@ The drift field and the loss of "Generative Modeling via Drifting" (arXiv 2602.0
 If the generated and the real distribution are the same, the two forces cancel and V = 0.
 drift_field() is the plain field of Algorithm 2; drift_loss() is Algorithm 1 in the units of the
 paper's appendix A.6. This file needs only torch, 2.9 or later: copy it into your own project.
-Shapes: F features of one shape, G groups (labels x locations), N samples, T targets, C channels.
-"""
+Shapes: F features of a shape, G groups (labels x locations), N samples, T targets, C channels."""
 
 import torch
 import torch.distributed as dist
@@ -30,11 +28,9 @@ def distance(x, y):
 def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
     """A of Algorithm 2 [..., N, T]: geometric mean of the softmax over y and the softmax over x.
 
-    D [..., N, T] are distances, tau is the width of the kernel exp(-D / tau). With mask_self the
-    first N columns are the rows themselves, and no sample sees itself. iters > 1 repeats the
-    averaging, so that the sums of rows and columns become more nearly equal. The official code
-    takes sqrt(max(softmax * softmax, 1e-6)), which is floor=1e-6.
-    """
+    D [..., N, T]: distances; tau: width of the kernel exp(-D / tau). mask_self: the first N columns
+    are the rows themselves, and no sample sees itself. iters > 1 averages again, so that the sums
+    of rows and columns get closer. floor: least product of the softmaxes, officially 1e-6."""
     logit = D / -tau
     if mask_self:
         logit.diagonal(dim1=-2, dim2=-1).sub_(1e6)  # with a single sample, -inf would give NaN
@@ -47,9 +43,7 @@ def affinity(D, tau, mask_self=False, iters=1, floor=0.0):
 
 def field(D, w, y, n_pos, tau, mask_self, iters, floor):
     """V [..., N, C] from distances D [..., N, T] to targets y [..., T, C], the last n_pos real.
-
-    w [..., T] scales the forces of the targets and leaves the softmaxes alone.
-    """
+    w [..., T] scales the forces of the targets and leaves the softmaxes alone."""
     A = affinity(D, tau, mask_self, iters, floor).mul_(w.unsqueeze(-2))  # in place, as it is large
     A_neg, A_pos = A.split([A.shape[-1] - n_pos, n_pos], dim=-1)
     sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)
@@ -61,10 +55,8 @@ def field(D, w, y, n_pos, tau, mask_self, iters, floor):
 @torch.no_grad()
 def drift_field(x, y_pos, y_neg, tau, mask_self=False, iters=1, floor=0.0):
     """The drift V(x) of Algorithm 2, without any normalisation, [..., N, C] in units of x.
-
     x [..., N, C], y_pos [..., P, C], y_neg [..., M, C]; tau is a distance. mask_self: the first N
-    rows of y_neg are x itself. float32 or float64; no gradient.
-    """
+    rows of y_neg are x itself. float32 or float64; no gradient."""
     y = as_float(torch.cat([y_neg, y_pos], dim=-2))
     w = y.new_ones(y.shape[-2])
     centre = as_float(x).mean(-2, keepdim=True)  # V does not change, but is rounded less
@@ -73,7 +65,7 @@ def drift_field(x, y_pos, y_neg, tau, mask_self=False, iters=1, floor=0.0):
 
 
 def mean_over_ranks(t):
-    """The mean of t over the processes of a job, which have equal shares of the groups."""
+    """The mean of t over the ranks of a job, which all call it; t may be overwritten."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(t)
         t = t / dist.get_world_size()
@@ -91,9 +83,7 @@ def drift_loss(x, y_pos, y_unc=None, w_unc=None, taus=TAUS, iters=1, floor=0.0, 
 
     With another axis F in front of x and every y, these are F features, whose losses are added.
     -> loss, and stats: `scale` [F], the mean distance, and `drift` [F, len(taus)], the mean square
-    of each raw field in features of mean distance sqrt(C). Watch that, not the loss, which is
-    about the same number at every step. The ranks of a job call it together.
-    """
+    of each raw field in features of mean distance sqrt(C): watch it, as the loss hardly moves."""
     x = as_float(x)
     n_gen, n_pos, C = x.shape[-2], y_pos.shape[-2], x.shape[-1]
     with torch.no_grad():
@@ -136,31 +126,25 @@ def draw_alpha(n, most, k, share_one, g):
     return torch.where(u[1] < share_one, 1.0, alpha)
 
 
-def to_groups(feats, names, L):
-    """Features {name: [L * n, l, C]} -> [F, L * l, n, C]: a group is a label and a location."""
-    f = torch.stack([feats[name] for name in names])
-    return f.unflatten(1, (L, -1)).transpose(2, 3).flatten(1, 2)
-
-
 def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0, field=field):
     """The loss of a step: drift_loss() of every feature, added (A.6).
 
     fx {name: [L * N, l, C]} generated, fp {name: [L * P, l, C]} positives, fu {name: [L * U, l, C]}
     unconditional (U may be 0), for L labels and the feature's l locations; alpha [L], guidance.
-    -> loss, and stats {name: [len(taus) + 1]}: `drift` and `scale` of drift_loss().
-    """
+    -> loss, and stats {name: [len(taus) + 1]}: `drift` and `scale` of drift_loss()."""
     L, same_shape = len(alpha), {}
     for name, f in fx.items():
         same_shape.setdefault((f.shape, f.dtype), []).append(name)
     loss, stats = 0, {}
     for names in same_shape.values():
-        x, y_pos, y_unc = (to_groups(feats, names, L) for feats in (fx, fp, fu))
+        # [F, L * n, l, C] -> [F, L * l, n, C], as a group is a label and a location
+        stacks = [torch.stack([feats[name] for name in names]) for feats in (fx, fp, fu)]
+        x, y_pos, y_unc = (f.unflatten(1, (L, -1)).transpose(2, 3).flatten(1, 2) for f in stacks)
         n_gen, n_unc = x.shape[-2], y_unc.shape[-2]
         # Guidance: the unconditional images together weigh alpha - 1 times the other N - 1 samples.
         w_unc = (alpha - 1) * (n_gen - 1) / max(1, n_unc)  # [L]
         w_unc = w_unc.repeat_interleave(x.shape[1] // L)[:, None].expand(-1, n_unc)
-        how = dict(taus=taus, iters=iters, floor=floor, field=field)
-        part, found = drift_loss(x, y_pos, y_unc, w_unc, **how)
+        part, found = drift_loss(x, y_pos, y_unc, w_unc, taus, iters, floor, field)
         loss = loss + part
         rows = torch.cat([found["drift"], found["scale"][:, None]], dim=1)
         stats |= dict(zip(names, rows, strict=True))
@@ -170,9 +154,7 @@ def features_loss(fx, fp, fu, alpha, taus=TAUS, iters=1, floor=0.0, field=field)
 @torch.library.custom_op("drifting::matmul", mutates_args=())
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in full precision, whatever autocast and TF32 are set to: small differences of large
-    squares are divided by a small tau. torch.compile cannot trace such switches, so that they are
-    put inside an operator of our own.
-    """
+    squares are divided by a small tau. An operator, as torch.compile cannot trace such switches."""
     switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:

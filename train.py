@@ -1,13 +1,11 @@
-"""
-Trains a one-step generator by drifting: writes out.pt, out.png (samples) and out.jsonl (log).
+"""Trains a one-step generator by drifting: writes out.pt, out.png (samples) and out.jsonl (log).
+Settings and presets are in config.py. To fork it, see docs/fork.md.
 
 $ python train.py                                           # 8 x 8 digits, a minute or two
 $ python train.py --dataset cifar10 --out cifar10.pt        # by its preset for a CPU or for a GPU
 $ python train.py --dataset folder:flowers --steps 3000 --out flowers.pt     # flags override it
 $ python train.py --dataset cifar10 --resume auto --out long.pt              # starts, or resumes
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
-
-Settings and presets are in config.py. To fork it, see docs/fork.md.
 """
 
 import json
@@ -15,9 +13,9 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,29 +53,22 @@ def share(t):
     return t.chunk(dist.get_world_size())[dist.get_rank()].clone() if dist.is_initialized() else t
 
 
-# What a generator must have (model.Generator has draw, generate and no matrices):
-#   net(*net.draw(n, g), label, alpha) -> images [n, C, H, W]; g is a torch.Generator
-#   net.generate(label, alpha, g) -> samples; net.matrices() -> the parameters that Muon trains
-#   net.config, a dataclass from which model.build() makes it again; parameters, which are averaged
 def build_net(args, typed, shape, names, source):
-    """A generator of images of shape (C, H, W) in the classes `names`; source is the checkpoint of
-    --resume or --init, whose weights it gets."""
+    """A generator of images (C, H, W) in these classes, with the weights of source, if there is."""
     torch.manual_seed(args.seed)
     shape = dict(in_channels=shape[0], input_size=shape[-1], num_classes=len(names))
-    settings = model.DiTConfig(**model.SIZES[args.model], patch_size=args.patch, **shape)
+    settings = dict(model.SIZES[args.model], patch_size=args.patch)
     if source and not typed.keys() & {"model", "patch"}:
-        settings = replace(model.DiTConfig(**source["config"]), **shape)
-    net = model.build(asdict(settings))
+        settings = source["config"]
+    net = model.build(settings | shape)
     if source:
         weights = source["model" if args.resume else "ema"]
         if not args.resume:  # classes of --init keep their rows; others begin at the mean
             table, known = weights["label_embed.weight"], source["classes"]
             rows = [table[known.index(n)] if n in known else table.mean(0) for n in names]
             weights["label_embed.weight"] = torch.stack(rows)
-        try:
+        with data.one_line(f"{args.resume or args.init} does not fit", "see --patch and --size"):
             net.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{args.resume or args.init} does not fit: {error}") from None
     return net
 
 
@@ -154,14 +145,11 @@ def update(net, ema, optimizers, loss, args, step):
     """One step of the weights and of their average -> norm of the gradient, before clipping."""
     loss.backward()
     params = [p for p in net.parameters() if p.grad is not None]
-    if dist.is_initialized():
-        for p in params:
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+    for p in params:
+        p.grad = drift.mean_over_ranks(p.grad)
     norm = nn.utils.clip_grad_norm_(params, 2.0)
     for optimizer, full in zip(optimizers, (args.lr, args.muon), strict=False):
-        for group in optimizer.param_groups:
-            group.update(lr=full * rate(step, args), weight_decay=args.wd)
+        optimizer.param_groups[0].update(lr=full * rate(step, args), weight_decay=args.wd)
         optimizer.step()
         optimizer.zero_grad()
     decay = min(args.ema, (1 + step) / (10 + step))  # the first weights are soon forgotten
@@ -201,8 +189,7 @@ def start_log(args, net, sampler):
 
 
 def evaluate(ema, real, labels, out):
-    """Scores of n samples that have the labels of the first n real images, against the other real
-    images; and a picture of a hundred more."""
+    """Scores of samples that have the labels of n real images, by the others; and a picture."""
     n, classes = min(N_EVAL, len(real) // 2), ema.config.num_classes
     label = torch.cat([torch.arange(100, device=real.device) % classes, labels[:n]])
     g = torch.Generator().manual_seed(0)
@@ -228,16 +215,14 @@ def log(out, numbers):
 @contextmanager
 def stop_signals():
     """A list that is no longer empty when a signal has asked the run to end after its step."""
-    stop, before = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP and SIGUSR1
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            before.setdefault(number, signal.signal(number, lambda *_: stop.append(True)))
-    try:
+    stop = []
+    with ExitStack() as at_exit:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP and SIGUSR1
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                before = signal.signal(number, lambda *_: stop.append(True))
+                at_exit.callback(signal.signal, number, before)
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(argv=None):
@@ -275,10 +260,9 @@ def main(argv=None):
             g = torch.Generator(device).manual_seed((10_000_019 * args.seed + step) % 2**63)
             loss, stats = step_loss(net, encode, field, sampler, args, g)
             norm = update(net, ema, optimizers, loss, args, step)
-            done, stopping = step + 1, torch.tensor(len(stop))
-            if dist.is_initialized():
-                dist.all_reduce(stopping)  # on the CPU: no GPU is waited for
-            last = done == end or stopping > 0
+            done = step + 1
+            asked = drift.mean_over_ranks(torch.tensor(len(stop)))  # on the CPU: waits for no GPU
+            last = done == end or asked > 0
             scored = last or done % args.eval_every == 0
             if not scored and done % args.log_every and done - start not in (1, 10):
                 continue
