@@ -1,14 +1,13 @@
-"""
-Data sets as arrays, the real images of a step, and image files.
+"""Data sets as arrays, the real images of a step, and image files.
 
-    digits        1,797 handwritten digits of 8x8 pixels, in assets/
-    mnist         60,000 digits of 28x28, downloaded to DIR/MNIST/raw
-    fashion       60,000 garments of 28x28, downloaded to DIR/FashionMNIST/raw
-    cifar10       50,000 photographs of 32x32, downloaded to DIR/cifar-10-batches-py
-    folder:PATH   one sub-folder per class, of any images that pillow opens; or images alone
-    npz:FILE      arr_0, uint8 [N, H, W, C] or float [N, C, H, W] from -1 to 1, and labels or arr_1,
-                  integers [N], if any; or a .npy of images
-    latents:DIR   written by imagenet/encode.py
+digits        1,797 handwritten digits of 8x8 pixels, in assets/
+mnist         60,000 digits of 28x28, downloaded to DIR/MNIST/raw
+fashion       60,000 garments of 28x28, downloaded to DIR/FashionMNIST/raw
+cifar10       50,000 photographs of 32x32, downloaded to DIR/cifar-10-batches-py
+folder:PATH   one sub-folder per class, of any images that pillow opens; or images alone
+npz:FILE      arr_0, uint8 [N, H, W, C] or float [N, C, H, W] from -1 to 1, and labels or arr_1,
+              integers [N], if any; or a .npy of images
+latents:DIR   written by imagenet/encode.py
 """
 
 import gzip
@@ -35,8 +34,7 @@ KINDS = Image.registered_extensions().items()
 SUFFIXES = {end for end, kind in KINDS if kind in Image.OPEN and kind not in NOT_READ}
 if hasattr(sys.stdout, "reconfigure"):  # names of classes that a terminal cannot show
     sys.stdout.reconfigure(errors="replace")
-# Some tools store texts in an image that are longer than pillow allows.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # some tools add long texts
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -46,9 +44,7 @@ GARMENTS = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
 
 def load(name, data_dir="data", size=None, split="train"):
     """-> images uint8 or float [N, C, H, W], labels int64 [N], names. Raises ValueError, OSError.
-
-    size None: the set's own, 64 of a folder. split: train, or test of mnist, fashion and cifar10.
-    """
+    size None: the set's own, 64 of a folder; split: train, or test of mnist, fashion, cifar10."""
     data_dir, path, names = Path(data_dir), Path(name.partition(":")[2]), []
     if name.endswith(":"):
         raise ValueError(f"{name} names no path")
@@ -80,11 +76,9 @@ def load(name, data_dir="data", size=None, split="train"):
     if images.shape[-1] != images.shape[-2]:
         raise ValueError(f"{name}: images {images.shape} are not square")
     if images.dtype.kind == "f":
-        every = 1 + images.nbytes // 2**30  # of larger sets, a gigabyte is checked
-        peaks = np.array([np.abs(image).max() for image in images[::every]])
-        if not (peaks <= 100).all():
-            first = every * (peaks <= 100).argmin()
-            raise ValueError(f"{name}: image {first} has NaN or values above 100")
+        for i in range(0, len(images), 1 + images.nbytes // 2**30):  # a gigabyte of a larger set
+            if not np.abs(images[i]).max() <= 100:
+                raise ValueError(f"{name}: image {i} has NaN or values above 100")
         if images[:1000].min() >= 0:
             print(f"{name}: no value is below 0. Is it 0 to 1? Black is -1 here, white is 1")
     numbers, labels = np.unique(labels, return_inverse=True)  # they may begin anywhere
@@ -164,12 +158,12 @@ def load_npz(path):
     labels = arrays.pop("labels", np.zeros(images.shape[:1], int))
     if arrays:
         print(f"{path}: not read: {', '.join(arrays)}")
-    pictures = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    if not pictures and (images.dtype.kind != "f" or images.ndim != 4):
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3):
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
+    if images.dtype.kind != "f" or images.ndim != 4:
         what = f"{path}: arr_0 is {images.dtype} {images.shape}"
         raise ValueError(f"{what}, not uint8 [N, H, W, 1 or 3] or float [N, C, H, W]")
-    images = images.transpose(0, 3, 1, 2) if pictures else images
-    return np.ascontiguousarray(images, np.uint8 if pictures else np.float32), labels
+    return np.ascontiguousarray(images, np.float32), labels
 
 
 def load_folder(root, data_dir, size):
@@ -264,9 +258,8 @@ class Sampler:
             images = images.to(device)  # larger sets stay on the CPU
         self.images = images if images.ndim == 5 else images[:, None]  # of a single view
         self.labels = labels.to(device)
-        count = labels.bincount()  # [classes]
-        self.classes, self.most = len(count), int(count.max())
-        self.count = count.to(device)
+        self.count = labels.bincount().to(device)  # [classes]
+        self.classes, self.most = len(self.count), int(self.count.max())
         self.order = labels.argsort(stable=True).to(device)  # the images, sorted by class
         self.start = self.count.cumsum(0) - self.count  # where a class begins in it
 
@@ -279,14 +272,13 @@ class Sampler:
 
     def draw_labels(self, n, generator):
         """Labels [n]: shuffled passes over all classes."""
-        shape = -(-n // self.classes), self.classes
-        lot = torch.rand(shape, generator=generator, device=self.device)
+        passes = -(-n // self.classes)  # rounded up
+        lot = torch.rand(passes, self.classes, generator=generator, device=self.device)
         return lot.argsort(1).flatten()[:n]
 
     def draw(self, labels, n_pos, n_unc, generator):
         """What to fetch() for labels [L]: index and view [L, P + U]. The first P are of the label,
-        each once; a class of fewer images gives them again and again. The others are of any class.
-        """
+        none twice unless its class has fewer than P images; the others are of any class."""
         L, rand = len(labels), dict(generator=generator, device=self.device)
         lot = torch.rand(L, self.most, **rand)
         count = self.count[labels, None]  # [L, 1]

@@ -1,13 +1,10 @@
-"""
-How far apart two sets of images are: FID, Inception score, precision and recall, by torch-fidelity.
+"""How far apart two sets of images are, by torch-fidelity: FID, Inception score, precision, recall.
 
-A generator against a data set; images against the test set
 $ pip install torch-fidelity
-$ python fid.py out.pt cifar10 --n 10000
-$ python fid.py samples/ cifar10:test
+$ python fid.py out.pt cifar10 --n 10000  # a generator against a data set
+$ python fid.py samples/ cifar10:test     # images against the test set
 
-FIDs by other networks or of other numbers of images are not comparable: below 10,000 it is FID-n.
-"""
+FIDs by other networks or of other numbers of images are not comparable; below 10,000: FID-n."""
 
 import argparse
 import sys
@@ -42,20 +39,15 @@ def closest(x, y):
 
 
 def scores(images, labels, real, real_labels):
-    """Compares images [n, C, H, W] in [-1, 1] with real ones, by pixels.
-
-    fd: Frechet distance; acc: share whose nearest real image has their label; std: deviation of a
-    pixel within a class.
-    """
+    """Compares images [n, C, H, W] in [-1, 1] with real ones, by pixels: fd, Frechet distance; acc,
+    share whose nearest real image has their label; std, deviation of a pixel within a class."""
     C, size = images.shape[1:3]
     k = min(k for k in range(1, size + 1) if size % k == 0 and C * (size // k) ** 2 <= 1024)
     a, b = (F.avg_pool2d(x, k).flatten(1) for x in (images, real))  # at most 1,024 numbers
     stds = [images[labels == label].std(0, correction=0).mean() for label in labels.unique()]
-    return {
-        "fd": frechet_distance(*gaussian(a), *gaussian(b)),
-        "acc": (real_labels[closest(a, b)] == labels).float().mean().item(),
-        "std": torch.stack(stds).mean().item(),
-    }
+    fd = frechet_distance(*gaussian(a), *gaussian(b))
+    acc = (real_labels[closest(a, b)] == labels).float().mean().item()
+    return dict(fd=fd, acc=acc, std=torch.stack(stds).mean().item())
 
 
 def copies(images, real):
