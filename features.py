@@ -1,5 +1,4 @@
-"""
-Images to named feature vectors: the spaces in which the drift is measured.
+"""Images to named feature vectors: the spaces in which the drift is measured.
 
     images [B, C, H, W] in [-1, 1]  ->  {name: [B, l, C]}        l locations, C channels
 
@@ -14,8 +13,8 @@ Every name is a drift problem with its own scale, and their losses are added. --
     MODULE:CLASS        a module of your own, whose features() gives maps as Timm's does
 """
 
+import pkgutil
 import re
-from importlib import import_module
 from itertools import pairwise
 
 import torch
@@ -25,6 +24,7 @@ from einops import rearrange
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as recompute
 
+import data
 import mae
 
 ALIASES = {  # name: timm's name; the input size is 224 if no other is given
@@ -53,8 +53,7 @@ def multiscale(maps):
                 continue
             patches = x.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [B, C, H/p, p, W/q, q]
             mean = patches.mean((3, 5), keepdim=True)
-            # torch.var_mean gives the same numbers, far slower
-            std = ((patches - mean).square().mean((3, 5)) + 1e-6).sqrt()
+            std = ((patches - mean).square().mean((3, 5)) + 1e-6).sqrt()  # var_mean() is far slower
             feats[f"{name}_mean{end}"] = mean.flatten(2).mT.to(f.dtype)
             feats[f"{name}_std{end}"] = std.flatten(2).mT.to(f.dtype)
     return feats
@@ -85,7 +84,7 @@ class Timm(nn.Module):
 
     def __init__(self, name, size=None, file=None, pretrained=True):
         super().__init__()
-        try:
+        with data.one_line(f"cannot load {name}", "try --encoder pixels pool:2 pool:4 mae"):
             import timm
 
             config = timm.get_pretrained_cfg(name, allow_unregistered=False)
@@ -96,10 +95,6 @@ class Timm(nn.Module):
             stride = net.feature_info[-1]["reduction"]
             if hasattr(net, "num_prefix_tokens") and self.size % stride:
                 raise ValueError(f"{self.size} pixels are no multiple of {stride}")
-        except Exception as error:  # of imports, the hub, files and names: no type in common
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            instead = "try --encoder pixels pool:2 pool:4 mae"
-            raise ValueError(f"cannot load {name} ({reason}): {instead}") from None
         self.is_efficientnet = isinstance(net, timm.models.EfficientNet)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
@@ -113,17 +108,15 @@ class Timm(nn.Module):
         """Maps {name: [B, C, H, W]}, and the class token [B, 1, C], of images [B, C, H, W]."""
         x = ((self.resized(images) + 1) / 2 - self.mean) / self.std
         x = x.to(next(self.net.parameters()).dtype)  # bf16 on a GPU
-        if self.is_efficientnet:  # as MobileNetV2 is in timm
-            # The first stage has very many locations, the last one is wide and near the classes.
+        if self.is_efficientnet:  # MobileNetV2: its first stage is large, its last near the classes
             x = self.net.blocks[0](self.net.bn1(self.net.conv_stem(x)))
             maps = {}
             for i, stage in enumerate(self.net.blocks[1:-1], 1):
                 x = maps[f"stage{i}"] = stage(x)
             return maps
-        if hasattr(self.net, "num_prefix_tokens"):  # a transformer
+        if hasattr(self.net, "num_prefix_tokens"):  # a transformer; SigLIP's has no class token
             how = dict(indices=1, norm=True, intermediates_only=True, return_prefix_tokens=True)
             [f] = self.net.forward_intermediates(x, **how)
-            # SigLIP has no class token.
             return {"tokens": f[0], "cls": f[1][:, :1]} if isinstance(f, tuple) else {"tokens": f}
         stages = self.net.forward_intermediates(x, intermediates_only=True)
         fewer = [f for f in stages if f.shape[-1] <= self.size // 4]
@@ -138,9 +131,8 @@ def build(name, channels, size):
         if theirs != ours:
             raise ValueError(f"{name} is for images of (channels, pixels) {theirs}, not {ours}")
         return net
-    module, _, kind = name.partition(":")
-    if module != "timm" and kind:
-        return getattr(import_module(module), kind)()
+    if ":" in name and not name.startswith("timm:"):
+        return pkgutil.resolve_name(name)()
     model, at_size, file = re.fullmatch(r"(.*?)(?:@(\d+))?(?:=(.*))?", name).groups()
     if not model.startswith("timm:") and model not in ALIASES:
         raise ValueError(f"no encoder {name}: the top of features.py lists them")
@@ -160,9 +152,8 @@ class Encoder(nn.Module):
             kind, _, k = ("pool:1" if name == "pixels" else name).partition(":")
             if kind in ("pool", "window"):
                 k = int(k) if k.isdecimal() else 0
-                step = k // 2 if kind == "window" else k
-                odd = kind == "window" and k % 2
-                if odd or not 1 <= k <= size or size % step:
+                shifts = 2 if kind == "window" else 1  # windows are half of their size apart
+                if k % shifts or not 1 <= k <= size or size % (k // shifts):
                     raise ValueError(f"--encoder {name} does not fit images of {size} pixels")
                 self.pixels[name] = kind, k
             else:
