@@ -1,7 +1,5 @@
-"""
-The settings of a run. A value that is typed goes before that of a resumed checkpoint, that of a
-preset and the default. For a setting of your own, add a line to Settings.
-"""
+"""The settings of a run. A value that is typed goes before that of a resumed checkpoint, that of a
+preset and the default. For a setting of your own, add a line to Settings."""
 
 import inspect
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -64,17 +62,15 @@ LEAST = dict(labels=1, n_gen=2, n_pos=1, iters=1, alpha_max=1, steps=1)  # of ot
 LEAST |= dict(log_every=1, eval_every=1, taus=1e-6)
 MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # of other numbers: infinity
 
-DIGITS = dict(n_pos=128, muon=0.02, alpha_one=0.85, log_every=50, eval_every=300)
 MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=128, n_unc=32)
 MNIST |= dict(muon=0.02, steps=1600)
-# An hour or two of two CPU cores
 PHOTOS = dict(encoder=["auto"], patch=0, n_pos=64, n_unc=0, muon=0.02)
-PHOTOS |= dict(steps=1100, log_every=25, eval_every=100)
+PHOTOS |= dict(steps=1100, log_every=25, eval_every=100)  # an hour or two of two CPU cores
 # 2,700 images/s on an H100: 20 minutes for 5,000 steps, which have not run yet
 PHOTOS_CUDA = dict(model="S", labels=5, n_gen=128, n_pos=256, lr=1e-3, warmup=100)
 PHOTOS_CUDA |= dict(steps=5000, ema=0.999, eval_every=500)
 PRESETS = {  # data set: (what differs from the defaults, what differs further on CUDA)
-    "digits": (DIGITS, {}),
+    "digits": (dict(n_pos=128, muon=0.02, alpha_one=0.85, log_every=50, eval_every=300), {}),
     "mnist": (MNIST, {}),
     "fashion": (MNIST, {}),
     "cifar10": (PHOTOS | dict(flip=True), PHOTOS_CUDA | dict(steps=1600, ema=0.995)),
@@ -116,9 +112,8 @@ def parse(argv=None, description=""):
     if args.model not in SIZES:
         raise ValueError(f"no generator {args.model}: there are {', '.join(SIZES)}")
     for name, value in vars(args).items():
-        number, least, most = value, LEAST.get(name, 0), MOST.get(name, float("inf"))
-        if name == "taus":
-            number = min(value)
+        number = min(value) if name == "taus" else value
+        least, most = LEAST.get(name, 0), MOST.get(name, float("inf"))
         if isinstance(number, int | float) and not least <= number <= most:
             raise ValueError(f"--{name} {value} must be {least} to {most}")
     return args, typed, source

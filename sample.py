@@ -1,12 +1,9 @@
-"""
-Images from a checkpoint, one forward pass each.
+"""Images from a checkpoint, one forward pass each. Latents are decoded by an autoencoder of
+diffusers, or kept as floats in an .npz.
 
-A grid, a class a column; files of chosen classes, by name or number; an array for evaluators
-$ python sample.py --ckpt out.pt --n 64 --out grid.png
-$ python sample.py --ckpt out.pt --n 100 --classes 3 5 --out samples/
-$ python sample.py --ckpt out.pt --n 50000 --out samples.npz
-
-A generator of latents: decoded by an autoencoder of diffusers, or floats in an .npz
+$ python sample.py --ckpt out.pt --n 64 --out grid.png                 # a grid, a class a column
+$ python sample.py --ckpt out.pt --n 100 --classes 3 5 --out samples/  # files; names or numbers
+$ python sample.py --ckpt out.pt --n 50000 --out samples.npz           # an array for evaluators
 $ python sample.py --ckpt latent_L.pt --classes 207 --n 8 --vae stabilityai/sd-vae-ft-mse
 """
 

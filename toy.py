@@ -1,5 +1,4 @@
-"""
-A network learns two sets of 2-D points by drifting, in half a minute of a CPU. Draws drift.gif.
+"""A network learns two sets of 2-D points by drifting, in half a minute of a CPU. Draws drift.gif.
 
 $ python toy.py
 $ python toy.py --floor 1e-6   # the official floor: all samples are pulled to the mean of the data
@@ -17,10 +16,8 @@ from drift import distance, drift_field, drift_loss
 
 def train(data, steps, iters, floor):
     """Trains an MLP from noise to 2-D points; -> it, and a film of (samples, data, drift)."""
-    layers = [nn.Linear(8, 128)]
-    for width in (128, 128, 2):
-        layers += [nn.SiLU(), nn.Linear(128, width)]
-    net = nn.Sequential(*layers)
+    layers = [nn.Linear(8, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128)]
+    net = nn.Sequential(*layers, nn.SiLU(), nn.Linear(128, 2))
     optimizer = torch.optim.Adam(net.parameters(), 2e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     noise, film = torch.randn(400, 8), []
