@@ -20,7 +20,6 @@ class Settings:
     size: int = 0  # image size in pixels; 0: the data set's own
     flip: bool = False  # mirror half of the images
     unconditional: bool = False  # no labels: one group, no guidance
-
     encoder: list = ("pixels",)  # spaces of the drift, see features.py; auto: by data and machine
 
     init: str = ""  # checkpoint of a generator to start from

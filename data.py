@@ -270,16 +270,15 @@ class Sampler:
         some = some.to(self.device)
         return self.fetch(some, torch.zeros_like(some)), self.labels[some]
 
-    def draw_labels(self, n, generator):
+    def draw_labels(self, n, g):
         """Labels [n]: shuffled passes over all classes."""
-        passes = -(-n // self.classes)  # rounded up
-        lot = torch.rand(passes, self.classes, generator=generator, device=self.device)
+        lot = torch.rand(-(-n // self.classes), self.classes, generator=g, device=self.device)
         return lot.argsort(1).flatten()[:n]
 
-    def draw(self, labels, n_pos, n_unc, generator):
+    def draw(self, labels, n_pos, n_unc, g):
         """What to fetch() for labels [L]: index and view [L, P + U]. The first P are of the label,
         none twice unless its class has fewer than P images; the others are of any class."""
-        L, rand = len(labels), dict(generator=generator, device=self.device)
+        L, rand = len(labels), dict(generator=g, device=self.device)
         lot = torch.rand(L, self.most, **rand)
         count = self.count[labels, None]  # [L, 1]
         missing = torch.arange(self.most, device=self.device) >= count

@@ -54,7 +54,7 @@ class MAE(nn.Module):
                  num_classes=10, group=1):  # fmt: skip
         super().__init__()
         if size % patch or size < 8 * patch:
-            raise ValueError(f"{size} pixels are no 8 or more whole patches of {patch}")
+            raise ValueError(f"{size} pixels are no 8 patches of {patch}: try --encoder pixels")
         self.config = dict(channels=channels, size=size, width=width, patch=patch)
         self.config |= dict(layers=list(layers), num_classes=num_classes, group=group)
         C = [width, width, 2 * width, 4 * width, 8 * width]  # of the stem and of the four stages

@@ -4,7 +4,6 @@ Settings and presets are in config.py. To fork it, see docs/fork.md.
 $ python train.py                                           # 8 x 8 digits, a minute or two
 $ python train.py --dataset cifar10 --out cifar10.pt        # by its preset for a CPU or for a GPU
 $ python train.py --dataset folder:flowers --steps 3000 --out flowers.pt     # flags override it
-$ python train.py --dataset cifar10 --resume auto --out long.pt              # starts, or resumes
 $ torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --out cifar10.pt
 """
 
@@ -53,8 +52,12 @@ def share(t):
     return t.chunk(dist.get_world_size())[dist.get_rank()].clone() if dist.is_initialized() else t
 
 
+# What a generator must have (model.Generator has draw, generate and no matrices):
+#   net(*net.draw(n, g), label, alpha) -> images [n, C, H, W]; g is a torch.Generator
+#   net.generate(label, alpha, g) -> samples; net.matrices() -> the parameters that Muon trains
+#   net.config, a dataclass from which model.build() makes it again; parameters, which are averaged
 def build_net(args, typed, shape, names, source):
-    """A generator of images (C, H, W) in these classes, with the weights of source, if there is."""
+    """A generator of images (C, H, W) in these classes; source: that of --resume or --init."""
     torch.manual_seed(args.seed)
     shape = dict(in_channels=shape[0], input_size=shape[-1], num_classes=len(names))
     settings = dict(model.SIZES[args.model], patch_size=args.patch)
@@ -242,7 +245,6 @@ def main(argv=None):
                 optimizer.load_state_dict(state)
     rank, batch = int(os.environ.get("RANK", 0)), args.labels * args.n_gen
     if rank == 0:
-        print(f"from step {start} to {end}")
         real, real_labels = start_log(args, net, sampler)
     stat_names = [*(f"drift_{tau:g}" for tau in args.taus), "scale"]
     field = drift.field
