@@ -1,5 +1,5 @@
-"""The settings of a run. A value that is typed goes before that of a resumed checkpoint, that of a
-preset and the default. For a setting of your own, add a line to Settings."""
+"""The settings of a run: what is typed, else those of a resumed checkpoint, else the preset of the
+data set, else the default. For a setting of your own, add a line to Settings."""
 
 import inspect
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -22,11 +22,11 @@ class Settings:
     unconditional: bool = False  # no labels: one group, no guidance
     encoder: list = ("pixels",)  # spaces of the drift, see features.py; auto: by data and machine
 
-    init: str = ""  # checkpoint of a generator to start from
+    init: str = ""  # checkpoint of a generator to start from, with its --model and --patch
     model: str = "tiny"  # size of the generator: tiny S B L
     patch: int = 4  # patch size of the generator, in pixels; 0: size / 16
 
-    labels: int = 10  # labels in a step, a multiple of the ranks
+    labels: int = 10  # labels in a step; a preset's is rounded up to a multiple of the ranks
     n_gen: int = 32  # samples per label
     n_pos: int = 32  # real images per label
     n_unc: int = 8  # real images of any class per label, for guidance
@@ -35,7 +35,7 @@ class Settings:
     taus: list = drift.TAUS  # kernel widths, in units of the mean distance
     iters: int = 2  # how often the softmaxes are averaged; Algorithm 2: 1
     floor: float = 0.0  # least product of the softmaxes; official: 1e-6
-    alpha_max: float = 4.0  # guidance alpha is drawn from 1 to this
+    alpha_max: float = 4.0  # guidance alpha is drawn from 1 to this; n_unc 0: 1
     alpha_k: float = 3.0  # density of alpha: alpha^-k
     alpha_one: float = 0.5  # share of labels without guidance
 
@@ -65,7 +65,7 @@ MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=
 MNIST |= dict(muon=0.02, steps=1600)
 PHOTOS = dict(encoder=["auto"], patch=0, n_pos=64, n_unc=0, muon=0.02)
 PHOTOS |= dict(steps=1100, log_every=25, eval_every=100)  # an hour or two of two CPU cores
-# 2,700 images/s on an H100: 20 minutes for 5,000 steps, which have not run yet
+# 2,700 images/s on an H100. The 5,000 steps of folder and npz have not run yet
 PHOTOS_CUDA = dict(model="S", labels=5, n_gen=128, n_pos=256, lr=1e-3, warmup=100)
 PHOTOS_CUDA |= dict(steps=5000, ema=0.999, eval_every=500)
 PRESETS = {  # data set: (what differs from the defaults, what differs further on CUDA)
@@ -101,7 +101,7 @@ def parse(argv=None, description=""):
         path = typed.get("out", Settings.out)
         path = path if Path(path).exists() else ""
     if path:
-        source = load(path)[1]
+        source = load(path, weights="model")[1]
         preset = {name: value for name, value in source["args"].items() if hasattr(Settings, name)}
         preset |= dict(out=path, stop_after=0, device=Settings.device)
     elif "init" in typed:
@@ -134,8 +134,8 @@ def adapt(args, typed, shape, classes, world):
     if not args.patch:
         args.patch = min(k for k in range(1, size + 1) if size % k == 0 and size <= 16 * k)
     if "auto" in args.encoder:
-        photos = shape[0] == 3 and find_spec("timm")
+        use_timm = shape[0] == 3 and find_spec("timm")
         pools = [f"pool:{k}" for k in (2, 4) if size % k == 0]
-        network = f"timm:mobilenetv2_100@{max(64, size)}" if photos else "mae"
+        network = f"timm:mobilenetv2_100@{max(64, size)}" if use_timm else "mae"
         args.encoder = ["pixels", *pools, network, *(n for n in args.encoder if n != "auto")]
     return args

@@ -83,7 +83,7 @@ def load(name, data_dir="data", size=None, split="train"):
             print(f"{name}: no value is below 0. Is it 0 to 1? Black is -1 here, white is 1")
     numbers, labels = np.unique(labels, return_inverse=True)  # they may begin anywhere
     names = [names[n] if 0 <= n < len(names) else str(n) for n in numbers]
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor need it be
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     if size and size != images.shape[-1]:
         if images.is_floating_point():
@@ -309,7 +309,7 @@ def to_uint8(images):
 
 
 def save_grid(images, path, classes=1):
-    """uint8 [n, C, H, W] as one PNG, a class a column; small ones enlarged to about 56 pixels."""
+    """uint8 [n, C, H, W] as one PNG, up to 10 classes as columns; enlarged to about 56 pixels."""
     columns = min(len(images), 10 if classes == 1 else min(classes, 10))
     tiles = F.pad(images, (1, 1, 1, 1, 0, 0, 0, -len(images) % columns))
     grid = torch.cat([torch.cat([*row], dim=2) for row in tiles.split(columns)], dim=1)  # [C, H, W]

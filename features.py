@@ -39,7 +39,7 @@ ALIASES = {  # name: timm's name; the input size is 224 if no other is given
 def multiscale(maps):
     """Feature maps {f: [B, C, H, W]} -> {name: [B, l, C]} (A.5): f at every location; f_mean, f_std
     over all locations; f_mean_k, f_std_k over patches of k x k, k = 2 and 4, where k divides H and
-    W. Features [B, l, C] stay as they are. The type is that of the map; float32 statistics."""
+    W. Features [B, l, C] stay as they are. In float32, then of the map's type."""
     feats = {}
     for name, f in maps.items():
         if f.ndim == 3:

@@ -1,4 +1,4 @@
-"""How far apart two sets of images are, by torch-fidelity: FID, Inception score, precision, recall.
+"""FID, Inception score, precision and recall, by torch-fidelity; and train.py's scores, by pixels.
 
 $ pip install torch-fidelity
 $ python fid.py out.pt cifar10 --n 10000  # a generator against a data set

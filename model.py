@@ -113,23 +113,22 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """What generators have in common. Each has a `config` as well, a dataclass from which build()
-    makes it again, and a forward(*draw(n, g), label, alpha) that gives images [n, C, H, W]."""
+    """What generators have in common; what else they need stands above train.build_net()."""
 
-    def draw(self, n, generator):
-        """noise and style of forward() for n images, from a torch.Generator, on its device."""
+    def draw(self, n, g):
+        """noise and style of forward() for n images, from a torch.Generator g, on its device."""
         c = self.config
-        how = dict(generator=generator, device=generator.device)
+        how = dict(generator=g, device=g.device)
         noise = torch.randn(n, c.in_channels, c.input_size, c.input_size, **how)
         return noise, torch.randint(c.noise_classes, (n, c.noise_coords), **how)
 
     @torch.no_grad()
-    def generate(self, label, alpha, generator):
+    def generate(self, label, alpha, g):
         """Images, not clamped, of classes label [B], at guidance alpha, a number or [B]."""
-        draws = [self.draw(1, generator) for _ in label]  # image i is the same in any batch
-        noise, style = (torch.cat(d).to(label.device) for d in zip(*draws, strict=True))
+        draws = [self.draw(1, g) for _ in label]  # image i is the same in any batch
+        draws = [torch.cat(d).to(label.device) for d in zip(*draws, strict=True)]
         alpha = torch.as_tensor(alpha, dtype=torch.float32, device=label.device)
-        return self(noise, style, label, alpha.expand(len(label)))
+        return self(*draws, label, alpha.expand(len(label)))
 
     def matrices(self):
         """The parameters that Muon may train."""

@@ -52,10 +52,10 @@ def share(t):
     return t.chunk(dist.get_world_size())[dist.get_rank()].clone() if dist.is_initialized() else t
 
 
-# What a generator must have (model.Generator has draw, generate and no matrices):
-#   net(*net.draw(n, g), label, alpha) -> images [n, C, H, W]; g is a torch.Generator
-#   net.generate(label, alpha, g) -> samples; net.matrices() -> the parameters that Muon trains
-#   net.config, a dataclass from which model.build() makes it again; parameters, which are averaged
+# A generator is a model.Generator, which has draw(), generate() and matrices() already, with
+#   net(*net.draw(n, g), label, alpha) -> images [n, C, H, W], of labels [n], guidance alpha [n];
+#   net.config, a dataclass with in_channels, input_size, num_classes: model.build() takes its
+#   fields and makes the net again. Its parameters are averaged and sampled, its buffers are not.
 def build_net(args, typed, shape, names, source):
     """A generator of images (C, H, W) in these classes; source: that of --resume or --init."""
     torch.manual_seed(args.seed)
@@ -101,7 +101,7 @@ def prepare(args, typed, source):
     sampler = data.Sampler(images, labels, device, args.flip)
     if rank == 0:
         print(f"{len(labels):,} images; classes {', '.join(names)}; {world} x {device}")
-        print(f"drift in {' '.join(args.encoder)}", f"({config.ABOUT_AUTO})" if auto else "")
+        print("drift in", *args.encoder, f"({config.ABOUT_AUTO})" if auto else "")
     if "mae" in args.encoder:
         path = mae.of_data(sampler, len(names), args.data_dir)
         args.encoder = [path if name == "mae" else name for name in args.encoder]
@@ -117,9 +117,8 @@ def step_loss(net, encode, field, sampler, args, g):
     label = sampler.draw_labels(args.labels, g)  # [L]
     alpha = drift.draw_alpha(args.labels, args.alpha_max, args.alpha_k, args.alpha_one, g)  # [L]
     index, view = sampler.draw(label, args.n_pos, args.n_unc, g)  # [L, P + U]
-    noise, style = net.draw(args.labels * args.n_gen, g)  # [L * N, ...]
-    label, alpha, index, view = map(share, (label, alpha, index, view))
-    noise, style = share(noise), share(style)
+    noises = net.draw(args.labels * args.n_gen, g)  # noise and style, [L * N, ...]
+    label, alpha, index, view, *noises = map(share, (label, alpha, index, view, *noises))
 
     pos, unc = sampler.fetch(index, view).split([args.n_pos, args.n_unc], dim=1)
     real = torch.cat([pos.flatten(0, 1), unc.flatten(0, 1)])  # one batch, as unc may be empty
@@ -129,11 +128,11 @@ def step_loss(net, encode, field, sampler, args, g):
     fp, fu = {k: f[:n] for k, f in feats.items()}, {k: f[n:] for k, f in feats.items()}
 
     def generate_and_encode(*inputs):
-        return encode(net(*inputs).to(noise.dtype))
+        return encode(net(*inputs).to(real.dtype))
 
     each = [t.repeat_interleave(args.n_gen) for t in (label, alpha)]  # [L * N]
-    with torch.autocast(noise.device.type, torch.bfloat16, enabled=noise.is_cuda):
-        fx = features.in_parts(generate_and_encode, args.micro_batch, noise, style, *each)
+    with torch.autocast(real.device.type, torch.bfloat16, enabled=real.is_cuda):
+        fx = features.in_parts(generate_and_encode, args.micro_batch, *noises, *each)
     return drift.features_loss(fx, fp, fu, alpha, args.taus, args.iters, args.floor, field)
 
 
@@ -192,7 +191,7 @@ def start_log(args, net, sampler):
 
 
 def evaluate(ema, real, labels, out):
-    """Scores of samples that have the labels of n real images, by the others; and a picture."""
+    """Scores samples, with the labels of the first n real images, against the others. A picture."""
     n, classes = min(N_EVAL, len(real) // 2), ema.config.num_classes
     label = torch.cat([torch.arange(100, device=real.device) % classes, labels[:n]])
     g = torch.Generator().manual_seed(0)
@@ -234,13 +233,15 @@ def main(argv=None):
         args, net, sampler, encode, names, device = prepare(args, typed, source)
     except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:  # by what was given
         reason = " ".join(str(error).split()) or "stopped before the first step"
-        sys.exit(f"train.py: error: {reason}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"train.py: error: {reason}")
     ema, optimizers = deepcopy(net).eval().requires_grad_(False), build_optimizers(net, args)
     start, end = 0, min(args.steps, args.stop_after or args.steps)
     if args.resume:
         start = source["step"]
         ema.load_state_dict(source["ema"])
-        if len(source.get("optimizers", [])) == len(optimizers):  # else --muon was typed
+        if len(source.get("optimizers", [])) == len(
+            optimizers
+        ):  # else --muon is new: all start anew
             for optimizer, state in zip(optimizers, source["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
     rank, batch = int(os.environ.get("RANK", 0)), args.labels * args.n_gen
