@@ -46,8 +46,6 @@ def load(name, data_dir="data", size=None, split="train"):
     """-> images uint8 or float [N, C, H, W], labels int64 [N], names. Raises ValueError, OSError.
     size None: the set's own, 64 of a folder; split: train, or test of mnist, fashion, cifar10."""
     data_dir, path, names = Path(data_dir), Path(name.partition(":")[2]), []
-    if name.endswith(":"):
-        raise ValueError(f"{name} names no path")
     if name == "digits":
         file = np.load(Path(__file__).with_name("assets") / "digits.npz")
         images = np.round(file["images"][:, None] * (255 / 16)).astype(np.uint8)
@@ -59,7 +57,7 @@ def load(name, data_dir="data", size=None, split="train"):
         names = GARMENTS.split()
     elif name == "cifar10":
         images, labels, names = load_cifar10(data_dir, split)
-    elif name.startswith("folder:"):
+    elif name.startswith("folder:") and name != "folder:":
         images, labels, names = load_folder(path, data_dir, size or 64)
     elif name.startswith("npz:"):
         images, labels = load_npz(path)
@@ -70,7 +68,7 @@ def load(name, data_dir="data", size=None, split="train"):
             if (path / "classes.txt").exists():
                 names = (path / "classes.txt").read_text().splitlines()
     else:
-        raise ValueError(f"no data set {name}: digits mnist fashion cifar10 folder: npz: latents:")
+        raise ValueError(f"no data set {name}: the top of data.py lists them")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
         raise ValueError(f"{name}: {labels.dtype} labels {labels.shape}, not {len(images)} ints")
     if images.shape[-1] != images.shape[-2]:
@@ -189,23 +187,25 @@ def write_images(files, size, path):
     if math.prod(shape) > shutil.disk_usage(path.parent).free:
         raise ValueError(f"{path.parent} has no space for {math.prod(shape):,} bytes")
 
+    bad = []
+
     def read(file):
         try:
             image = ImageOps.fit(read_image(file, 2 * size), (size, size), Image.LANCZOS)
             return np.asarray(image).transpose(2, 0, 1).tobytes()
         except Exception as error:  # decoders of damaged files raise anything
-            return f"{file} ({error})"
+            bad.append(f"{file} ({error})")
+            return b""
 
-    bad = []
     with path.open("wb") as out, ThreadPoolExecutor(4) as pool:  # pillow releases Python's lock
         header = dict(descr="|u1", fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(out, header)
         for image in pool.map(read, files):
-            bad.append(image) if isinstance(image, str) else out.write(image)
+            out.write(image)
     if bad:
         listed = path.with_suffix(".bad.txt")
-        listed.write_text("\n".join(bad))
-        raise ValueError(f"{len(bad)} files do not open as images, see {listed}: {bad[:3]}")
+        listed.write_text("\n".join(sorted(bad)))
+        raise ValueError(f"{len(bad)} files do not open as images, see {listed}: {sorted(bad)[:3]}")
 
 
 def folder_files(root):

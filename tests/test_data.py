@@ -195,7 +195,7 @@ def test_arrays_that_are_no_data_set(tmp_path):
     for latents, why in ((nan, "image 0 has NaN"), (rgba.astype(float), "not square")):
         np.save(tmp_path / "latents.npy", latents)
         refuses(f"latents:{tmp_path}", why)
-    refuses("folder:", "no path")
+    refuses("folder:", "no data set folder:")
     (tmp_path / "a.npz").write_text("hello")
     refuses(f"npz:{tmp_path}/a.npz", "a.npz")
     refuses(f"npz:{tmp_path}/none.npz", "none.npz")
