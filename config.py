@@ -25,6 +25,7 @@ class Settings:
     init: str = ""  # checkpoint of a generator to start from, with its --model and --patch
     model: str = "tiny"  # size of the generator: tiny S B L
     patch: int = 4  # patch size of the generator, in pixels; 0: size / 16
+    noise_image: bool = True  # false: the style codes alone make samples differ
 
     labels: int = 10  # labels in a step; a preset's is rounded up to a multiple of the ranks
     n_gen: int = 32  # samples per label
@@ -57,9 +58,8 @@ class Settings:
     resume: str = ""  # checkpoint to go on from; auto: --out, if it is there
 
 
-LEAST = dict(labels=1, n_gen=2, n_pos=1, iters=1, alpha_max=1, steps=1)  # of other numbers: 0
-LEAST |= dict(log_every=1, eval_every=1, taus=1e-6)
-MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # of other numbers: infinity
+LEAST = dict(labels=1, n_gen=2, n_pos=1, iters=1, alpha_max=1, steps=1, log_every=1, eval_every=1)
+MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # of other numbers: 0 and infinity
 
 MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=128, n_unc=32)
 MNIST |= dict(muon=0.02, steps=1600)
@@ -73,8 +73,8 @@ PRESETS = {  # data set: (what differs from the defaults, what differs further o
     "mnist": (MNIST, {}),
     "fashion": (MNIST, {}),
     "cifar10": (PHOTOS | dict(flip=True), PHOTOS_CUDA | dict(steps=1600, ema=0.995)),
-    "folder": (PHOTOS | dict(size=64, flip=True), PHOTOS_CUDA),
-    "npz": (PHOTOS, PHOTOS_CUDA),
+    "folder": (PHOTOS | dict(size=64, flip=True, noise_image=False), PHOTOS_CUDA),
+    "npz": (PHOTOS | dict(noise_image=False), PHOTOS_CUDA),
     "latents": (dict(encoder=["mae"], patch=2, steps=5000, ema=0.999), {}),
 }
 ABOUT_AUTO = "FID-1000 of CIFAR-10: 128 with MobileNetV2 (pip install timm), 269 with mae"

@@ -168,11 +168,9 @@ def train(sampler, classes, path, width=32, layers=(2, 2, 2, 2), patch=2, steps=
 
 def of_data(sampler, classes, data_dir):
     """The path of the encoder for a data.Sampler's images; trains it first if there is none."""
-    size, on_gpu = sampler.images.shape[-1], sampler.device.type == "cuda"
-    steps, digest = 20000 if on_gpu else 1000, 0
+    size, steps = sampler.images.shape[-1], 20000 if sampler.device.type == "cuda" else 1000
     every = 1 + sampler.images.nbytes // 2**30  # of larger sets than a gigabyte, every second, ...
-    for part in sampler.images[::every].split(1000):
-        digest = zlib.crc32(part.cpu().numpy().tobytes(), digest)
+    digest = zlib.crc32(sampler.images[::every].cpu().numpy().tobytes())
     path = Path(data_dir) / f"mae-{digest:08x}-{steps}.pt"
     if not path.exists():
         print(f"training an encoder, {path}; --encoder FILE.pt takes another", flush=True)

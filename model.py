@@ -36,6 +36,7 @@ class DiTConfig:
     noise_classes: int = 64  # codes of each style coordinate
     noise_coords: int = 32  # style coordinates
     cond_dim: int = 0  # 0: hidden_size
+    noise_image: bool = True  # false: style is the only noise, and its embedding starts wide
 
 
 def sinusoid(alpha, dim=256):
@@ -168,7 +169,8 @@ class DiT(Generator):
                     nn.init.xavier_uniform_(w)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.02)
+                wide = {"style_embed": 0.2, "label_embed": 0.5}[name]  # distinct from the start
+                nn.init.normal_(m.weight, std=0.02 if self.config.noise_image else wide)
         for m in (self.alpha_embed[0], self.alpha_embed[2]):
             nn.init.normal_(m.weight, std=0.02)
         nn.init.normal_(self.cls_embed, std=0.02)
@@ -189,7 +191,7 @@ class DiT(Generator):
         c = self.config
         p = c.patch_size
         cond = self.condition(style, label, alpha)  # [B, D]
-        x = rearrange(noise, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+        x = rearrange(c.noise_image * noise, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
         x = self.patch_embed(x) + self.pos_embed  # [B, HW, D]
         cls = self.cls_proj(cond).unsqueeze(1) + self.cls_embed  # [B, n, D]
         x = torch.cat([cls, x], dim=1)  # [B, n + HW, D]

@@ -60,7 +60,7 @@ def build_net(args, typed, shape, names, source):
     """A generator of images (C, H, W) in these classes; source: that of --resume or --init."""
     torch.manual_seed(args.seed)
     shape = dict(in_channels=shape[0], input_size=shape[-1], num_classes=len(names))
-    settings = dict(model.SIZES[args.model], patch_size=args.patch)
+    settings = dict(model.SIZES[args.model], patch_size=args.patch, noise_image=args.noise_image)
     if source and not typed.keys() & {"model", "patch"}:
         settings = source["config"]
     net = model.build(settings | shape)

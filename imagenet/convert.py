@@ -100,7 +100,7 @@ def mae_key(name):
 def load_generator(folder):
     """Loads a generator of the authors as a DiT on the CPU."""
     config, arrays = read(folder)
-    net = DiT(DiTConfig(**{field.name: config[field.name] for field in fields(DiTConfig)}))
+    net = DiT(DiTConfig(**{f.name: config[f.name] for f in fields(DiTConfig) if f.name in config}))
     fill(net, {name: generator_key(name, net.config) for name in net.state_dict()}, arrays)
     return net
 

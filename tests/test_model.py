@@ -30,3 +30,14 @@ def test_an_image_is_the_same_in_any_batch():
     each = net.generate(label, torch.full((10,), 1.5), torch.Generator().manual_seed(5))
     torch.testing.assert_close(whole, each)
     assert whole.shape == (10, 1, 8, 8) and whole.std() > 0.1
+
+
+def test_without_the_noise_image_the_style_alone_makes_samples_differ():
+    net, g = tiny_generator(noise_image=False), torch.Generator()
+    (noise, style), label, alpha = net.draw(4, g), torch.arange(4), torch.ones(4)
+    images = net(noise, style, label, alpha)
+    assert torch.equal(images, net(-noise, style, label, alpha))
+    assert not torch.allclose(images, net(noise, style.flip(0), label, alpha))
+    fresh = DiT(DiTConfig(**SIZES["tiny"], noise_image=False))
+    for table, std in ((fresh.style_embed, 0.2), (fresh.label_embed, 0.5)):
+        assert table.weight.std().item() == pytest.approx(std, rel=0.1)

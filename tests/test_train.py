@@ -47,6 +47,7 @@ def test_photographs_have_a_preset_for_each_machine(dataset):
     assert (cpu.model, cpu.labels, cpu.n_gen, cpu.n_pos) == ("tiny", 10, 32, 64)
     assert (gpu.model, gpu.labels, gpu.n_gen, gpu.n_pos) == ("S", 5, 128, 256)
     assert cpu.muon == gpu.muon == 0.02 and cpu.encoder == gpu.encoder == ["auto"]
+    assert cpu.noise_image == gpu.noise_image == (dataset == "cifar10")
     for size, patch in ((32, 2), (64, 4), (28, 2), (100, 10), (8, 1)):
         assert config.adapt(gpu, {}, (3, size, size), 10, 1).patch == patch
 
