@@ -239,9 +239,7 @@ def main(argv=None):
     if args.resume:
         start = source["step"]
         ema.load_state_dict(source["ema"])
-        if len(source.get("optimizers", [])) == len(
-            optimizers
-        ):  # else --muon is new: all start anew
+        if len(source.get("optimizers", [])) == len(optimizers):  # else --muon is new
             for optimizer, state in zip(optimizers, source["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
     rank, batch = int(os.environ.get("RANK", 0)), args.labels * args.n_gen
