@@ -59,7 +59,8 @@ class Settings:
 
 
 LEAST = dict(labels=1, n_gen=2, n_pos=1, iters=1, alpha_max=1, steps=1, log_every=1, eval_every=1)
-MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # of other numbers: 0 and infinity
+LEAST["taus"] = 1e-6
+MOST = dict(ema=1, alpha_one=1, decay=1, seed=2**63)  # other numbers: 0 to infinity
 
 MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=128, n_unc=32)
 MNIST |= dict(muon=0.02, steps=1600)
