@@ -36,11 +36,11 @@ N_EVAL = 1000  # samples that are scored
 def setup(device):
     """-> rank, world and the device of this process, by the variables that torchrun sets."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = model.usable(device)
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group(timeout=timedelta(hours=12))  # the first rank may read for long
+    device = model.usable(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # exp() of far pairs gives denormals, slow on some CPUs

@@ -69,7 +69,11 @@ def test_the_space_of_the_drift_by_default(monkeypatch, installed):
 
 def test_a_device_stays_what_was_typed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: device.index + 0)  # it needs one
-    found = {"cuda": "cuda:0", "cuda:1": "cuda:1"}  # as a GPU says of its tensors
+    found = {
+        "cuda": "cuda:0",
+        "cuda:1": "cuda:1",
+        "cuda:3": "cuda:3",
+    }  # as a GPU says of its tensors
     monkeypatch.setattr(train.model, "usable", lambda device: torch.device(found[device]))
     assert train.setup("cuda")[2] == torch.device("cuda:0")
     assert train.setup("cuda:1")[2] == torch.device("cuda:1")
