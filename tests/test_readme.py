@@ -10,9 +10,11 @@ from conftest import ASSETS, HERE, needs, start
 
 
 def test_your_own_tensors():
-    [block] = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    found = {}
-    exec(block, found)
+    text, found = (HERE / "docs" / "recipes.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, found)
+    c, y = torch.arange(100.0), torch.randn(100, 2)
+    assert found["conditional_loss"](lambda z, c: z[..., :2] + c[..., None], c, y) > 1
     one_hot = torch.eye(3).unsqueeze(1).expand(3, 2000, 3)
     x = found["net"](torch.cat([torch.randn(3, 2000, 8), one_hot], dim=-1))
     torch.testing.assert_close(x.mean((1, 2)), torch.tensor([-4.0, 0, 4]), atol=0.3, rtol=0)
@@ -39,6 +41,16 @@ def test_notebook_runs(monkeypatch, tmp_path):
     assert sum("image/png" in out.get("data", {}) for out in shown) == 6
 
 
+def applied(diff, code):
+    """code with a diff of the docs, whose parts are separated by @@ and occur once each."""
+    for part in diff.split("@@\n"):
+        lines = part.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        assert code.count(old) == 1 and len(lines) <= 10
+        code = code.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
+    return code
+
+
 def test_forks(tmp_path):
     """The diffs of docs/fork.md apply; a generator of two convolutions trains and samples."""
     for path in HERE.glob("*.py"):
@@ -47,11 +59,7 @@ def test_forks(tmp_path):
     shutil.copy(ASSETS / "digits.npz", tmp_path / "assets")
     text = (HERE / "docs" / "fork.md").read_text()
     for name, diff in re.findall(r"```diff\n--- (\S+)\n(.*?)```", text, re.DOTALL):
-        code, lines = (tmp_path / name).read_text(), diff.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] != "+")
-        assert code.count(old) == 1 and len(lines) <= 10
-        new = "".join(line[1:] for line in lines if line[0] != "-")
-        (tmp_path / name).write_text(code.replace(old, new))
+        (tmp_path / name).write_text(applied(diff, (tmp_path / name).read_text()))
     [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     with (tmp_path / "model.py").open("a") as file:
         file.write(block)
@@ -60,3 +68,18 @@ def test_forks(tmp_path):
             assert job.wait(100) == 0
     weights = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
     assert weights["last.weight"].shape == (1, 64, 5, 5) and (tmp_path / "grid.png").exists()
+
+
+def test_fields():
+    """The diffs of docs/fields.md apply, and each gives another gradient, without NaN."""
+    x, y, unc = torch.randn(2, 8, 3, requires_grad=True), torch.randn(2, 8, 3), torch.randn(2, 4, 3)
+    code, gradients = (HERE / "drift.py").read_text(), []
+    text = (HERE / "docs" / "fields.md").read_text()
+    for diff in ["", *re.findall(r"```diff\n(.*?)```", text, re.DOTALL)]:
+        changed, found = applied(diff, code) if diff else code, {}
+        exec(changed.replace("drifting::", f"fields{len(gradients)}::"), found)
+        x.grad = None
+        found["drift_loss"](x, y, unc)[0].backward()
+        assert x.grad.isfinite().all()
+        assert all((x.grad - other).abs().max() > 1e-4 for other in gradients)
+        gradients.append(x.grad)
