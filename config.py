@@ -66,8 +66,7 @@ MNIST = dict(encoder=["pixels", "pool:2", "pool:4", "window:8"], patch=7, n_pos=
 MNIST |= dict(muon=0.02, steps=1600)
 PHOTOS = dict(encoder=["auto"], patch=0, n_pos=64, n_unc=0, muon=0.02)
 PHOTOS |= dict(steps=1100, log_every=25, eval_every=100)  # an hour or two of two CPU cores
-# 2,700 images/s on an H100, by which 1,900 steps and compilation take nine minutes: planned, not
-# run. Nor have the 5,000 steps of folder and npz
+# 2,700 images/s on an H100: 1,900 steps and compilation for nine minutes. Planned, not run yet
 PHOTOS_CUDA = dict(model="S", labels=5, n_gen=128, n_pos=256, lr=1e-3, warmup=100)
 PHOTOS_CUDA |= dict(steps=5000, ema=0.999, eval_every=500)
 PRESETS = {  # data set: (what differs from the defaults, what differs further on CUDA)

@@ -198,7 +198,8 @@ def evaluate(ema, real, labels, out):
     x = torch.cat([ema.generate(part, 1.0, g) for part in label.split(250)])
     x = x.clamp(real.min(), real.max())
     if x.shape[1] in (1, 3):
-        data.save_grid(data.to_uint8(x[:100]), Path(out).with_suffix(".png"), classes)
+        n_shown = 100 - 100 % min(classes, 10)  # whole rows
+        data.save_grid(data.to_uint8(x[:n_shown]), Path(out).with_suffix(".png"), classes)
     if n <= 10:
         return {}
     found = fid.scores(x[100:], label[100:], real[n:], labels[n:])
