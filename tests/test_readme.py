@@ -75,9 +75,10 @@ def test_fields():
     x, y, unc = torch.randn(2, 8, 3, requires_grad=True), torch.randn(2, 8, 3), torch.randn(2, 4, 3)
     code, gradients = (HERE / "drift.py").read_text(), []
     text = (HERE / "docs" / "fields.md").read_text()
-    for diff in ["", *re.findall(r"```diff\n(.*?)```", text, re.DOTALL)]:
-        changed, found = applied(diff, code) if diff else code, {}
-        exec(changed.replace("drifting::", f"fields{len(gradients)}::"), found)
+    diffs = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    for i, variant in enumerate([code, *(applied(diff, code) for diff in diffs)]):
+        found = {}
+        exec(variant.replace("drifting::", f"fields{i}::"), found)
         x.grad = None
         found["drift_loss"](x, y, unc)[0].backward()
         assert x.grad.isfinite().all()
