@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 import data
+import features
 import model
 
 
@@ -88,11 +89,16 @@ def main(argv=None):
     how = dict(feature_extractor=args.network, feature_extractor_weights_path=args.weights)
     how |= dict(cuda="cuda" in args.device, save_cpu_ram=True, cache_root=args.data_dir)
     try:
-        if args.n < 1:
-            raise ValueError(f"--n {args.n} must be 1 or more")
         args.device = model.usable(args.device)
         from torch_fidelity import calculate_metrics
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.utils import FEATURE_EXTRACTORS_REGISTRY
 
+        class Folded(FeatureExtractorInceptionV3):  # equal features in half the time of a CPU
+            def eval(self):
+                return features.fold(super().eval()).to(memory_format=torch.channels_last)
+
+        FEATURE_EXTRACTORS_REGISTRY["inception-v3-compat"] = Folded
         a = load_set(args.sets[0], args, args.n)
         b = load_set(args.sets[1], args, size=a.shape[-1])
         how |= dict(input1=Subset(a, range(len(a))), input2=Subset(b, range(len(b))))
