@@ -12,7 +12,6 @@ latents:DIR   written by imagenet/encode.py
 
 import gzip
 import hashlib
-import math
 import os
 import pickle
 import shutil
@@ -184,9 +183,6 @@ def load_folder(root, data_dir, size):
 def write_images(files, size, path):
     """Image files, cut to squares, as a .npy of uint8 [N, 3, size, size]. ValueError, OSError."""
     shape = (len(files), 3, size, size)
-    if math.prod(shape) > shutil.disk_usage(path.parent).free:
-        raise ValueError(f"{path.parent} has no space for {math.prod(shape):,} bytes")
-
     bad = []
 
     def read(file):

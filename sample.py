@@ -40,8 +40,6 @@ def main(argv=None):
     out = Path(args.out)
     kind = "" if args.out.endswith("/") else out.suffix.lower()
     try:
-        if min(args.n, args.batch) < 1:
-            raise ValueError("--n and --batch must be 1 or more")
         device = model.usable(args.device)
         net, checkpoint = model.load(args.ckpt)
         names = checkpoint["classes"]

@@ -156,13 +156,6 @@ def test_two_runs_read_one_folder_at_once(tmp_path):
     assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
-def test_a_disk_that_is_too_small(monkeypatch, tmp_path):
-    root = write_folder(tmp_path / "pets")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=100))
-    refuses(f"folder:{root}", "no space for 221,184 bytes", data_dir=tmp_path / "cache")
-    assert not [*(tmp_path / "cache").iterdir()]
-
-
 def test_arrays(tmp_path, capsys):
     arrays, name = np.random.randint(0, 256, (30, 8, 8, 3), np.uint8), f"npz:{tmp_path}/a.npz"
     np.savez(tmp_path / "a.npz", arr_0=arrays, labels=np.arange(30) % 10 + 1)  # as of MATLAB
