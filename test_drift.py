@@ -1,5 +1,4 @@
-"""
-What is proven, in less than a minute of two cores, without a network or a GPU:
+"""What is proven, in less than a minute of two cores, without a network or a GPU:
 
     the drift field and the loss    equal plain loops, and the authors' JAX code, number by number;
                                     and they have the properties that the paper argues from

@@ -1,5 +1,4 @@
-"""
-Converts the authors' released JAX weights, trained on ImageNet, into files of this repository.
+"""Converts the authors' released JAX weights, trained on ImageNet, into files of this repository.
 
 $ python -m imagenet.convert hf://pixel_B_sota pixel_B.pt
 $ python -m imagenet.convert hf://mae_pixel_640 mae_pixel_640.pt

@@ -1,6 +1,4 @@
-"""
-ConvNeXt-V2 as the authors' pixel models use it: train.py --encoder imagenet.convnext:ConvNeXtV2
-"""
+"""ConvNeXt-V2 of the authors' pixel models: train.py --encoder imagenet.convnext:ConvNeXtV2"""
 
 import torch
 from einops import rearrange

@@ -1,5 +1,4 @@
-"""
-Encodes a folder of images by an autoencoder of diffusers, so that a generator trains on latents.
+"""Encodes a folder of images by an autoencoder of diffusers, so that a generator trains on latents.
 
 $ python -m imagenet.encode --dataset folder:train --vae stabilityai/sd-vae-ft-mse --out latents
 $ python train.py --dataset latents:latents

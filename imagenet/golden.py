@@ -1,5 +1,4 @@
-"""
-Computes the numbers that the tests compare with, assets/golden_*.npz, by the authors' JAX code.
+"""Computes the numbers that the tests compare with, assets/golden_*.npz, by the authors' JAX code.
 
 $ git clone https://github.com/lambertae/drifting && git -C drifting checkout accd0cf
 $ pip install -r requirements-dev.txt jax==0.4.37 jaxlib==0.4.36 flax==0.10.4 absl-py pyyaml

@@ -1,5 +1,4 @@
-"""
-What can be known of a GPU without one: that a step does not wait for it or copy to it, how many
+"""What can be known of a GPU without one: that a step does not wait for it or copy to it, how many
 kernels the drift launches, that all compiles without a break, that bf16 keeps the gradient's
 direction, and that the drift is exact whatever precision is set.
 

@@ -1,5 +1,4 @@
-"""
-Times the drift loss, a training step piece by piece, and sampling; by default all three, small.
+"""Times the drift loss, and a training step piece by piece; by default both, small.
 
 $ python -m tools.bench drift step --model S --size 32 --labels 10 --n_gen 64 --n_pos 64 --compile
 """
@@ -35,7 +34,7 @@ def milliseconds(code, **names):
     return 1e3 * timed.timeit(10).mean
 
 
-def bench_drift(args, _):
+def bench_drift():
     for G, N, P, U, C in SHAPES:
         x, y_pos, y_unc = (torch.randn(G, n, C, device=DEVICE) for n in (N, P, U))
         y = torch.cat([x, y_unc, y_pos], dim=1)
@@ -49,7 +48,12 @@ def bench_drift(args, _):
         print(f"matrix products, {launches.count} launches without --compile", flush=True)
 
 
-def bench_step(args, model):
+def bench_step(args):
+    config = DiTConfig(**SIZES[args.model], input_size=args.size, patch_size=args.patch)
+    model, field = DiT(config).to(DEVICE), drift.field
+    if args.compile:
+        model.compile(dynamic=False)
+        field = torch.compile(field, dynamic=True)
     encode = Encoder(args.encoder, 3, args.size, DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     label = torch.arange(args.labels * args.n_gen, device=DEVICE) % 10
@@ -65,7 +69,7 @@ def bench_step(args, model):
         fx, fp = encode(x.float()), encode(real)
         times.append(timer())
         fu = {name: f[:0] for name, f in fp.items()}
-        loss, _ = drift.features_loss(fx, fp, fu, alpha[: args.labels], iters=2, field=args.field)
+        loss, _ = drift.features_loss(fx, fp, fu, alpha[: args.labels], iters=2, field=field)
         times.append(timer())
         loss.backward()
         times.append(timer())
@@ -76,17 +80,9 @@ def bench_step(args, model):
         print(*(f"{after - before:.4f}" for before, after in pairwise(times)), flush=True)
 
 
-def bench_sampling(args, model):
-    label = torch.zeros(args.labels * args.n_gen, dtype=torch.long, device=DEVICE)
-    with BFLOAT16:
-        spent = milliseconds("f(x, 1.0, g)", f=model.generate, x=label, g=torch.Generator())
-    print(f"sampling {len(label)} at a time: {1e3 * len(label) / spent:,.0f} images/s")
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    benches = {"drift": bench_drift, "step": bench_step, "sampling": bench_sampling}
-    p.add_argument("what", nargs="*", choices=[*benches, "all"], default="all")
+    p.add_argument("what", nargs="*", default=["drift", "step"], help="drift, step or both")
     p.add_argument("--model", default="tiny", choices=SIZES)
     for name, default in dict(size=16, patch=2, labels=5, n_gen=32, n_pos=32).items():
         p.add_argument(f"--{name}", type=int, default=default, help="as of train.py")
@@ -94,15 +90,10 @@ def main(argv=None):
     p.add_argument("--compile", action="store_true", help="the generator and the drift")
     args = p.parse_args(argv)
     torch.set_flush_denormal(True)  # as train.py does
-    config = DiTConfig(**SIZES[args.model], input_size=args.size, patch_size=args.patch)
-    model = DiT(config).to(DEVICE)
-    args.field = drift.field
-    if args.compile:
-        model.compile(dynamic=False)
-        args.field = torch.compile(drift.field, dynamic=True)
-    for name, bench in benches.items():
-        if name in args.what or "all" in args.what:
-            bench(args, model)
+    if "drift" in args.what:
+        bench_drift()
+    if "step" in args.what:
+        bench_step(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""
-Shares generators: config.json and the EMA weights as safetensors, in a folder or on Hugging Face.
+"""Shares generators: config.json and EMA weights as safetensors, in a folder or on Hugging Face.
 
 $ pip install huggingface_hub safetensors
 $ python -m tools.hub save out.pt FOLDER

@@ -1,5 +1,4 @@
-"""
-Scores generators of MNIST or Fashion-MNIST by a small classifier that no recipe trains on.
+"""Scores generators of MNIST or Fashion-MNIST by a small classifier that no recipe trains on.
 
 FD is the Fréchet distance of its 64 features to those of the test images. unsure: how many of
 1,000 samples get no class a probability of one half.

@@ -1,5 +1,4 @@
-"""
-Draws logs of train.py against the generated images. A dashed line is what real images reach.
+"""Draws logs of train.py against the generated images. A dashed line is what real images reach.
 
 $ python -m tools.plot a.jsonl b.jsonl --out curves.png
 """
