@@ -57,23 +57,15 @@ def test_the_space_of_the_drift_by_default(monkeypatch, installed):
     monkeypatch.setattr(config, "find_spec", lambda name: installed or None)
     args, _, _ = config.parse(["--dataset", "npz:some.npz"])
     network = "timm:mobilenetv2_100@96" if installed else "mae"
-    assert config.adapt(args, {}, (3, 96, 96), 9, 1).encoder == [
-        "pixels",
-        "pool:2",
-        "pool:4",
-        network,
-    ]
+    found = config.adapt(args, {}, (3, 96, 96), 9, 1).encoder
+    assert found == ["pixels", "pool:2", "pool:4", network]
     assert config.adapt(args, {}, (1, 30, 30), 9, 1).encoder == ["pixels", "pool:2", "mae"]
     assert args.encoder == ["auto"]  # adapt() changes a copy
 
 
 def test_a_device_stays_what_was_typed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: device.index + 0)  # it needs one
-    found = {
-        "cuda": "cuda:0",
-        "cuda:1": "cuda:1",
-        "cuda:3": "cuda:3",
-    }  # as a GPU says of its tensors
+    found = {"cuda": "cuda:0", "cuda:1": "cuda:1", "cuda:3": "cuda:3"}  # as a GPU's tensors say
     monkeypatch.setattr(train.model, "usable", lambda device: torch.device(found[device]))
     assert train.setup("cuda")[2] == torch.device("cuda:0")
     assert train.setup("cuda:1")[2] == torch.device("cuda:1")
@@ -200,15 +192,11 @@ def test_the_average_of_the_weights_forgets_the_first_ones():
 
 
 def test_scores_of_samples_and_of_real_images_are_of_equal_numbers(monkeypatch):
-    sizes = []
-    scores = train.fid.scores
-    monkeypatch.setattr(
-        train.fid, "scores", lambda a, b, c, d: sizes.append((a, len(c))) or scores(a, b, c, d)
-    )
     monkeypatch.setattr(train, "N_EVAL", 1000)
-    run(*QUICK, "--steps", 1)
-    (real, rest), (samples, others) = sizes
-    assert len(real) == len(samples) == 898 and rest == others == 899
+    with mock.patch("train.fid.scores", wraps=train.fid.scores) as scores:
+        run(*QUICK, "--steps", 1)
+    (real, _, rest, _), (samples, _, others, _) = (call.args for call in scores.call_args_list)
+    assert len(real) == len(samples) == 898 and len(rest) == len(others) == 899
 
 
 def test_signal_handlers_are_given_back():
