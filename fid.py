@@ -79,7 +79,7 @@ def load_set(name, args, n=None, size=None):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("sets", nargs=2, help="checkpoint, data set or NAME:test, folder, or .npz")
-    p.add_argument("--n", type=int, default=50000, help="images of the first set")
+    p.add_argument("--n", type=int, default=50000, help="images of the first set alone")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance of a generator")
     p.add_argument("--network", default="inception-v3-compat", help="or dinov2-vit-s-14, ...")
     p.add_argument("--weights", help="a file of its weights, instead of a download")

@@ -36,7 +36,7 @@ def run(*args):
 
 def test_what_is_typed_overrides_the_preset():
     args, typed, _ = config.parse(["--dataset", "cifar10", "--patch", "4", "--no-flip"])
-    assert (args.model, args.patch, args.flip, args.labels) == ("tiny", 4, False, 10)
+    assert (args.model, args.patch, args.flip, args.labels) == ("tiny", 4, False, 4)
     assert set(typed) == {"dataset", "patch", "flip"}
     assert config.parse(["--dataset", "folder:some/where"])[0].size == 64
 
@@ -44,10 +44,10 @@ def test_what_is_typed_overrides_the_preset():
 @pytest.mark.parametrize("dataset", ["cifar10", "folder:some/where", "npz:some.npz"])
 def test_photographs_have_a_preset_for_each_machine(dataset):
     cpu, gpu = (config.parse(["--dataset", dataset, "--device", d])[0] for d in ("cpu", "cuda:1"))
-    assert (cpu.model, cpu.labels, cpu.n_gen, cpu.n_pos) == ("tiny", 10, 32, 64)
+    assert (cpu.model, cpu.labels, cpu.n_gen, cpu.n_pos) == ("tiny", 4, 80, 160)
     assert (gpu.model, gpu.labels, gpu.n_gen, gpu.n_pos) == ("S", 5, 128, 256)
     assert cpu.muon == gpu.muon == 0.02 and cpu.encoder == gpu.encoder == ["auto"]
-    assert cpu.noise_image == gpu.noise_image == (dataset == "cifar10")
+    assert not cpu.noise_image and not gpu.noise_image
     for size, patch in ((32, 2), (64, 4), (28, 2), (100, 10), (8, 1)):
         assert config.adapt(gpu, {}, (3, size, size), 10, 1).patch == patch
 
