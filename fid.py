@@ -4,7 +4,7 @@ $ pip install torch-fidelity
 $ python fid.py out.pt cifar10 --n 10000  # a generator against a data set
 $ python fid.py samples/ cifar10:test     # images against the test set
 
-FIDs by other networks or of other numbers of images are not comparable; below 10,000: FID-n."""
+Only FIDs of one network and equal numbers of images compare. Below 10,000 it is called FID-n."""
 
 import argparse
 import sys
