@@ -74,7 +74,7 @@ PRESETS = {  # data set: (what differs from the defaults, what differs further o
     "mnist": (MNIST, {}),
     "fashion": (MNIST, {}),
     "cifar10": (PHOTOS | dict(flip=True), PHOTOS_CUDA | dict(steps=1900)),
-    "folder": (PHOTOS | dict(size=64, flip=True), PHOTOS_CUDA),
+    "folder": (PHOTOS | dict(size=32, flip=True), PHOTOS_CUDA | dict(size=64)),
     "npz": (PHOTOS, PHOTOS_CUDA),
     "latents": (dict(encoder=["mae"], patch=2, steps=5000, ema=0.999), {}),
 }

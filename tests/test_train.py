@@ -38,7 +38,8 @@ def test_what_is_typed_overrides_the_preset():
     args, typed, _ = config.parse(["--dataset", "cifar10", "--patch", "4", "--no-flip"])
     assert (args.model, args.patch, args.flip, args.labels) == ("tiny", 4, False, 4)
     assert set(typed) == {"dataset", "patch", "flip"}
-    assert config.parse(["--dataset", "folder:some/where"])[0].size == 64
+    for device, size in (("cpu", 32), ("cuda", 64)):
+        assert config.parse(["--dataset", "folder:a/b", "--device", device])[0].size == size
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "folder:some/where", "npz:some.npz"])
