@@ -82,7 +82,7 @@ def bench_step(args):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("what", nargs="*", default=["drift", "step"], help="drift, step or both")
+    p.add_argument("what", nargs="*", choices=["drift", "step", "all"], default="all")
     p.add_argument("--model", default="tiny", choices=SIZES)
     for name, default in dict(size=16, patch=2, labels=5, n_gen=32, n_pos=32).items():
         p.add_argument(f"--{name}", type=int, default=default, help="as of train.py")
@@ -90,9 +90,10 @@ def main(argv=None):
     p.add_argument("--compile", action="store_true", help="the generator and the drift")
     args = p.parse_args(argv)
     torch.set_flush_denormal(True)  # as train.py does
-    if "drift" in args.what:
+    both = "all" in args.what
+    if both or "drift" in args.what:
         bench_drift()
-    if "step" in args.what:
+    if both or "step" in args.what:
         bench_step(args)
 
 
