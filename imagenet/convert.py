@@ -75,9 +75,7 @@ def rename(name, patterns):
 
 def generator_key(name, config):
     """Where the authors keep parameter `name` of a DiT -> keys, order of their axes in ours.
-
-    If there are several keys, their arrays one after the other are our parameter.
-    """
+    The arrays of several keys, one after the other, are our parameter."""
     if name == "style_embed.weight":
         return [f"noise_embeds_{i}/embedding" for i in range(config.noise_coords)], (0, 1)
     if name in ("pos_embed", "cls_embed"):

@@ -5,8 +5,7 @@ $ pip install -r requirements-dev.txt jax==0.4.37 jaxlib==0.4.36 flax==0.10.4 ab
 $ python -m imagenet.golden drifting
 
 Each line has the largest relative error of the stored numbers, and of this project's own. Inputs
-and weights are random, and stored beside the numbers.
-"""
+and weights are random, and stored beside the numbers."""
 
 import json
 import sys
@@ -77,10 +76,8 @@ def main():
     config = json.loads(str(golden("mae")["A/config"]))
     mae = MAEResNetJAX(**config | dict(layers=tuple(config["layers"])))
     convnext = ConvNextV2(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))
-    for name, prefix, net, ours in (
-        ("mae", "A/", mae, our_mae()),
-        ("convnext", "", convnext, our_convnext()),
-    ):
+    encoders = ("mae", "A/", mae, our_mae()), ("convnext", "", convnext, our_convnext())
+    for name, prefix, net, ours in encoders:
         params = {"params": unflatten_dict(golden(name, f"{prefix}params/"), sep="/")}
         x = golden(name)[f"{prefix}x"]
         official = net.apply(params, x, method="get_activations")
