@@ -45,7 +45,10 @@ def test_what_is_typed_overrides_the_preset():
 @pytest.mark.parametrize("dataset", ["cifar10", "folder:some/where", "npz:some.npz"])
 def test_photographs_have_a_preset_for_each_machine(dataset):
     cpu, gpu = (config.parse(["--dataset", dataset, "--device", d])[0] for d in ("cpu", "cuda:1"))
-    assert (cpu.model, gpu.model) == ("tiny", "S") and cpu.encoder == gpu.encoder == ["auto"]
+    assert (cpu.model, cpu.labels, cpu.n_gen, cpu.n_pos) == ("tiny", 4, 80, 160)
+    assert (gpu.model, gpu.labels, gpu.n_gen, gpu.n_pos) == ("S", 5, 128, 256)
+    assert cpu.muon == gpu.muon == 0.02 and cpu.encoder == gpu.encoder == ["auto"]
+    assert not cpu.noise_image and not gpu.noise_image
     for size, patch in ((32, 2), (64, 4), (28, 2), (100, 10), (8, 1)):
         assert config.adapt(gpu, {}, (3, size, size), 10, 1).patch == patch
 
