@@ -57,9 +57,10 @@ def test_photographs_have_a_preset_for_each_machine(dataset):
 def test_the_space_of_the_drift_by_default(monkeypatch, installed):
     monkeypatch.setattr(config, "find_spec", lambda name: installed or None)
     args, _, _ = config.parse(["--dataset", "npz:some.npz"])
-    network = "timm:mobilenetv2_100@96" if installed else "mae"
-    found = config.adapt(args, {}, (3, 96, 96), 9, 1).encoder
-    assert found == ["pixels", "pool:2", "pool:4", network]
+    network = "timm:mobilenetv2_100@{}" if installed else "mae"
+    for size, larger in ((32, 96), (128, 128)):
+        found = config.adapt(args, {}, (3, size, size), 9, 1).encoder
+        assert found == ["pixels", "pool:2", "pool:4", network.format(larger)]
     assert config.adapt(args, {}, (1, 30, 30), 9, 1).encoder == ["pixels", "pool:2", "mae"]
     assert args.encoder == ["auto"]  # adapt() changes a copy
 
